@@ -1,0 +1,6 @@
+"""Tensor kernels of MARA decoding, with torch references.
+
+Four operations, each a folder with its definition in torch: :mod:`truncate` (logits to an ordered
+candidate set), :mod:`score` (hidden states to accept logits), :mod:`cascade` (accept logits to a
+decision) and :mod:`attention` (candidate rows over a shared prefix). They know tensors only.
+"""

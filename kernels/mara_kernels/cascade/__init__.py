@@ -1,0 +1,36 @@
+"""Accept logits to a decision."""
+
+from mara_kernels.cascade.philox import acceptance_uniforms, philox_words
+from mara_kernels.cascade.reference import (
+    ACCEPTANCES,
+    FALLBACKS,
+    ORDERS,
+    STRATEGIES,
+    Acceptance,
+    CascadeRule,
+    Decision,
+    Fallback,
+    Held,
+    Order,
+    Strategy,
+    cascade,
+    rank_of_tried,
+)
+
+__all__ = [
+    "ACCEPTANCES",
+    "FALLBACKS",
+    "ORDERS",
+    "STRATEGIES",
+    "Acceptance",
+    "CascadeRule",
+    "Decision",
+    "Fallback",
+    "Held",
+    "Order",
+    "Strategy",
+    "acceptance_uniforms",
+    "cascade",
+    "philox_words",
+    "rank_of_tried",
+]

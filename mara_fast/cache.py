@@ -1,0 +1,132 @@
+"""Keys and values of the slots: a committed prefix, and room for undecided rows behind it."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _View:
+    """Which slots a forward works on, and where its new rows go; shared by all layers."""
+
+    def __init__(self) -> None:
+        self.slots = slice(0, 0)
+        self.base = 0
+
+
+class SlotLayer(CacheLayerMixin):
+    """Keys and values of one layer, [slots, Hkv, rows, D] each."""
+
+    is_compileable = True
+    is_sliding = False
+
+    def __init__(self, *, num_slots: int, num_rows: int, view: _View) -> None:
+        super().__init__()
+        self.num_slots, self.num_rows, self.view = num_slots, num_rows, view
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocates from the first states seen: dtype, device and head counts are theirs."""
+        # Zeros, not empty: a masked key still enters a product, and 0 * NaN is NaN.
+        self.keys = self._zeros(key_states)
+        self.values = self._zeros(value_states)
+        self.is_initialized = True
+
+    def _zeros(self, states: Tensor) -> Tensor:
+        _, num_heads, _, head_size = states.shape
+        buffer = states.new_zeros(self.num_slots, num_heads, self.num_rows, head_size)
+        torch._dynamo.mark_static_address(buffer)
+        return buffer
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the new rows at the base; returns everything up to their end."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
+        slots, base = self.view.slots, self.view.base
+        end = base + key_states.shape[2]
+        keys, values = self.keys[slots, :, :end], self.values[slots, :, :end]
+        keys[:, :, base:] = key_states
+        values[:, :, base:] = value_states
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        """0: positions are always given."""
+        return 0
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys a mask would cover."""
+        return self.view.base + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Rows of a slot."""
+        return self.num_rows
+
+
+class SlotCache(Cache):
+    """Static slots, each with its own length; a forward works on a range of them.
+
+    A slot has ``max_length`` rows for its prefix, ``scratch`` for undecided rows where the caller
+    keeps them at the end, and one trash row that commits nowhere.
+
+    Args:
+        num_slots: sequences held at once.
+        max_length: positions per sequence.
+        scratch: the most rows one forward adds per slot.
+    """
+
+    def __init__(self, *, num_slots: int, max_length: int, scratch: int) -> None:
+        self.num_slots, self.max_length, self.scratch = num_slots, max_length, scratch
+        self.trash = max_length + scratch
+        self.view = _View()
+        layer = partial(SlotLayer, num_slots=num_slots, num_rows=self.trash + 1, view=self.view)
+        super().__init__(layer_class_to_replicate=layer)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory held."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers())
+
+    def select(self, slots: slice, *, base: int) -> None:
+        """Chooses the slots of the next forward and the row where its new rows begin."""
+        self.view.slots, self.view.base = slots, base
+
+    def commit(self, source: Tensor, destination: Tensor) -> None:
+        """Moves rows within the selected slots, all read before any is written.
+
+        Args:
+            source: int64 [B, C], rows to move.
+            destination: int64 [B, C], where to; ``trash`` for nowhere.
+        """
+        slot = torch.arange(source.shape[0], device=source.device)[:, None]
+        for buffer in self._buffers():
+            rows = buffer[self.view.slots]
+            rows[slot, :, destination] = rows[slot, :, source]
+
+    def commit_rows(self, slots: Tensor, source: Tensor, destination: Tensor) -> None:
+        """Moves one row in some of the selected slots; all int64 [N]."""
+        for buffer in self._buffers():
+            rows = buffer[self.view.slots]
+            rows[slots, :, destination] = rows[slots, :, source]
+
+    def swap(self, first: int, second: int, *, length: int) -> None:
+        """Exchanges the first ``length`` rows of two slots."""
+        for buffer in self._buffers():
+            kept = buffer[first, :, :length].clone()
+            buffer[first, :, :length] = buffer[second, :, :length]
+            buffer[second, :, :length] = kept
+
+    def clear_rows(self, base: int) -> None:
+        """Zeroes the rows of the selected slots from ``base`` on."""
+        for buffer in self._buffers():
+            buffer[self.view.slots, :, base:].zero_()
+
+    def clear(self, slot: int) -> None:
+        """Zeroes a slot: a NaN left in it would leak through masked products."""
+        for buffer in self._buffers():
+            buffer[slot].zero_()
+
+    def _buffers(self) -> list[Tensor]:
+        return [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]

@@ -1,0 +1,57 @@
+"""The model card written beside an agent's weights."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mara_fast.agent import AgentConfig
+
+_CARD = """\
+---
+library_name: mara_fast
+tags:
+- mara
+- alignment
+- decoding
+{base_model_entry}---
+
+# MARA agent
+
+{description}
+
+A token-level accept/reject model ([MARA](https://arxiv.org/abs/2505.19743)): a perceptron
+{hidden_size} -> {inner_size} -> {quarter_size} -> 2 on the last hidden state of a frozen language
+model. The language model's candidates are tried in order of probability; the first accepted one is
+the next token.
+
+| | |
+|---|---|
+| base model | {base_model} |
+| hidden size | {hidden_size} |
+| parameters | {num_parameters:,} |
+| decoding defaults | {decoding} |
+
+```python
+import mara_fast
+
+agent = mara_fast.MaraAgent.from_pretrained("path/or/hub-id")
+mara_fast.generate("How do I stay safe online?", model="{example_model}", agent=agent)
+```
+"""
+
+
+def model_card(config: "AgentConfig") -> str:
+    """The card as Markdown with YAML front matter."""
+    hidden, inner, quarter = config.hidden_size, config.inner_size, config.inner_size // 4
+    num_parameters = 2 * hidden + (hidden + 1) * inner + (inner + 1) * quarter + (quarter + 1) * 2
+    decoding = ", ".join(f"`{name}={value!r}`" for name, value in config.decoding.items())
+    return _CARD.format(
+        base_model_entry=f"base_model: {config.base_model}\n" if config.base_model else "",
+        description=config.description or "An agent that aligns a frozen language model.",
+        base_model=config.base_model or "not recorded",
+        example_model=config.base_model or "path/or/hub-id-of-its-base-model",
+        hidden_size=hidden,
+        inner_size=inner,
+        quarter_size=quarter,
+        num_parameters=num_parameters,
+        decoding=decoding or "the package's defaults",
+    )

@@ -1,0 +1,436 @@
+"""The command ``mara-fast``."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from mara_fast.config import DecodingConfig
+    from mara_fast.engine import Engine
+
+app = typer.Typer(
+    name="mara-fast",
+    help="Exact, fast decode-time alignment of frozen language models (MARA).",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_show_locals=False,
+)
+
+
+class Preset(StrEnum):
+    """Named decoding options."""
+
+    paper = "paper"
+    official = "official"
+
+
+_DECODING = "Decoding (default: the agent's own options, else the paper's)"
+_MODEL = "Model"
+_FILES = "Files"
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+    mara-fast generate "How do I bake bread?"                      the embedded tiny model
+
+    echo "How do I bake bread?" | mara-fast generate                prompt from standard input
+
+    mara-fast generate -m org/model -a org/agent "Hello"            any causal LM, any agent
+
+    mara-fast generate -m org/model --no-agent "Hello"              plain decoding
+
+    mara-fast generate -i prompts.jsonl -o answers.jsonl            many; run again to resume
+"""
+)
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt. Without it and without -i: standard input.")
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Hub id or path.", rich_help_panel=_MODEL)
+    ] = "tiny",
+    agent: Annotated[
+        str | None,
+        typer.Option(
+            "--agent", "-a", help="Hub id or folder of a MARA agent.", rich_help_panel=_MODEL
+        ),
+    ] = None,
+    no_agent: Annotated[
+        bool, typer.Option("--no-agent", help="Decode plainly.", rich_help_panel=_MODEL)
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)
+    ] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_MODEL)
+    ] = "auto",
+    max_batch_size: Annotated[
+        int, typer.Option(help="Sequences decoded at once.", rich_help_panel=_MODEL)
+    ] = 16,
+    input_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            "-i",
+            help="JSONL of objects with prompt, messages or instruction, and an optional id.",
+            rich_help_panel=_FILES,
+        ),
+    ] = None,
+    output_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="JSONL of results, one line each as it is done. Ids already in it are skipped.",
+            rich_help_panel=_FILES,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option(help="Empty the output first.", rich_help_panel=_FILES)
+    ] = False,
+    config_path: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            help="YAML with the options below by name; flags win.",
+            rich_help_panel=_DECODING,
+        ),
+    ] = None,
+    preset: Annotated[
+        Preset | None,
+        typer.Option(help="The paper's, or the authors' code's.", rich_help_panel=_DECODING),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of an answer.", rich_help_panel=_DECODING)
+    ] = None,
+    min_new_tokens: Annotated[
+        int | None, typer.Option(help="No end before so many.", rich_help_panel=_DECODING)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Candidates by rank; 0: all.", rich_help_panel=_DECODING)
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Candidates by mass.", rich_help_panel=_DECODING)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Divides the logits.", rich_help_panel=_DECODING)
+    ] = None,
+    acceptance: Annotated[
+        str | None, typer.Option(help="greedy or sample.", rich_help_panel=_DECODING)
+    ] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Accept probability needed, in (0, 1).", rich_help_panel=_DECODING),
+    ] = None,
+    strategy: Annotated[
+        str | None,
+        typer.Option(
+            help="Among the accepted: first, max_prob, random.", rich_help_panel=_DECODING
+        ),
+    ] = None,
+    fallback: Annotated[
+        str | None,
+        typer.Option(help="All rejected: last, first, max_prob.", rich_help_panel=_DECODING),
+    ] = None,
+    order: Annotated[
+        str | None,
+        typer.Option(help="descending, reverse, top_last.", rich_help_panel=_DECODING),
+    ] = None,
+    window: Annotated[
+        str | None,
+        typer.Option(help="Candidates per forward: auto or a number.", rich_help_panel=_DECODING),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Key of every draw.", rich_help_panel=_DECODING)
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends an answer; repeatable.", rich_help_panel=_DECODING),
+    ] = None,
+    ignore_eos: Annotated[
+        bool | None,
+        typer.Option("--ignore-eos", help="Go on after EOS.", rich_help_panel=_DECODING),
+    ] = None,
+    prompt_format: Annotated[
+        str | None, typer.Option(help="auto, chat, raw, official.", rich_help_panel=_DECODING)
+    ] = None,
+    trace: Annotated[
+        bool | None,
+        typer.Option("--trace", help="Record every candidate in the JSON.", rich_help_panel=_FILES),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON record, not the text.")
+    ] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Print statistics to stderr.")] = False,
+) -> None:
+    """Answer a prompt, or a file of prompts, with a language model and an agent."""
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "top_k": top_k,
+        "top_p": top_p,
+        "temperature": temperature,
+        "acceptance": acceptance,
+        "threshold": threshold,
+        "strategy": strategy,
+        "fallback": fallback,
+        "order": order,
+        "window": int(window) if window is not None and window.isdigit() else window,
+        "seed": seed,
+        "stop_strings": stop or None,
+        "ignore_eos": ignore_eos,
+        "prompt_format": prompt_format,
+        "trace": trace,
+    }
+    with _clear_errors():
+        if output_path is not None and input_path is None:
+            raise ValueError("--output needs --input; a single answer goes to standard output")
+        if input_path is not None and prompt is not None:
+            raise ValueError("give a prompt or --input, not both")
+        if no_agent and agent is not None:
+            raise ValueError("give --agent or --no-agent, not both")
+        if input_path is None:
+            prompt = _stdin_prompt() if prompt is None else prompt
+        given = _yaml(config_path) | {k: v for k, v in options.items() if v is not None}
+        _check_options(preset, given)
+        if input_path is not None:
+            from mara_fast.jsonl import read_prompts
+
+            records = read_prompts(input_path)
+        engine = _engine(
+            model, False if no_agent else agent, max_batch_size, dtype=dtype, device=device
+        )
+        config = _config(engine, preset, given)
+        if input_path is not None:
+            settings = {"model": model, "agent": _agent_name(engine, agent)} | config.to_dict()
+            del settings["window"]
+            _generate_file(engine, config, records, output_path, settings, overwrite=overwrite)
+            return
+        _answer(engine, config, prompt, as_json=as_json, stats=stats)
+
+
+@app.command(
+    epilog="""[bold]Example[/bold]
+
+    mara-fast convert actor.pth my-agent --base-model mistralai/Mistral-7B-Instruct-v0.3
+"""
+)
+def convert(
+    actor: Annotated[Path, typer.Argument(help="The authors' actor .pth.")],
+    directory: Annotated[Path, typer.Argument(help="Folder to write the agent to.")],
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the language model it was trained for.")
+    ] = None,
+    preset: Annotated[
+        Preset, typer.Option(help="Decoding options stored as its defaults.")
+    ] = Preset.official,
+    overwrite: Annotated[bool, typer.Option(help="Replace a folder that is there.")] = False,
+) -> None:
+    """Turn the authors' checkpoint into a folder with safetensors, config and model card.
+
+    Nothing in the checkpoint is executed.
+    """
+    with _clear_errors():
+        from mara_fast.agent import MaraAgent
+        from mara_fast.config import DecodingConfig
+
+        if directory.exists() and not overwrite and any(directory.iterdir()):
+            raise ValueError(f"{directory} is not empty; give another folder or --overwrite")
+        agent = MaraAgent.from_official(
+            actor, decoding=getattr(DecodingConfig, preset.value)(), base_model=base_model
+        )
+        agent.save_pretrained(directory)
+        num_parameters = sum(parameter.numel() for parameter in agent.parameters())
+        typer.echo(
+            f"{directory}: agent for hidden size {agent.config.hidden_size}, "
+            f"{num_parameters:,} parameters"
+        )
+
+
+@app.command()
+def env() -> None:
+    """Show versions, devices and the kernels in use: paste it into a bug report."""
+    from mara_fast.environment import environment
+
+    for name, value in environment().items():
+        typer.echo(f"{name:<14} {value}")
+
+
+@app.command()
+def demo(
+    num_prompts: Annotated[int, typer.Option(help="Prompts to answer.", min=1, max=20)] = 3,
+) -> None:
+    """Answer prompts with the embedded tiny model, without and with its agent."""
+    from mara_fast.demo import run_demo
+
+    run_demo(num_prompts=num_prompts)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+@contextmanager
+def _clear_errors() -> Iterator[None]:
+    """What a user got wrong is a line and exit status 2, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        typer.secho(f"mara-fast: {error}", fg="red", err=True)
+        raise typer.Exit(2) from error
+
+
+def _stdin_prompt() -> str:
+    if sys.stdin.isatty():
+        raise ValueError("no prompt: give one as an argument, by standard input, or --input FILE")
+    text = sys.stdin.read().strip("\r\n")
+    if not text:
+        raise ValueError("standard input is empty: no prompt")
+    return text
+
+
+def _yaml(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold option: value lines")
+    return values
+
+
+def _check_options(preset: Preset | None, given: dict[str, Any]) -> None:
+    """Finds a bad option before a model is loaded."""
+    from mara_fast.config import DecodingConfig
+
+    base = getattr(DecodingConfig, preset.value)() if preset else DecodingConfig()
+    base.replace(**given)
+
+
+def _engine(
+    model: str, agent: str | bool | None, max_batch_size: int, *, dtype: str, device: str
+) -> "Engine":
+    from transformers.utils import logging
+
+    from mara_fast.engine import Engine
+
+    logging.disable_progress_bar()
+    return Engine(model, agent, max_batch_size=max_batch_size, dtype=dtype, device=device)
+
+
+def _config(engine: "Engine", preset: Preset | None, given: dict[str, Any]) -> "DecodingConfig":
+    from mara_fast.config import DecodingConfig
+
+    base = getattr(DecodingConfig, preset.value)() if preset else None
+    return engine.config(base, **given)
+
+
+def _agent_name(engine: "Engine", agent: str | None) -> str | None:
+    if engine.agent is None:
+        return None
+    return agent if agent is not None else "tiny"
+
+
+def _answer(
+    engine: "Engine", config: "DecodingConfig", prompt: Any, *, as_json: bool, stats: bool
+) -> None:
+    """One prompt to standard output, as it is decided."""
+    generation = None
+    for event in engine.stream(prompt, config):
+        generation = event.generation
+        if not as_json:
+            typer.echo(event.text, nl=False)
+    assert generation is not None
+    if as_json:
+        typer.echo(json.dumps(generation.to_dict(), ensure_ascii=False))
+    else:
+        typer.echo()
+    if stats:
+        typer.echo(_summary(generation.stats), err=True)
+    if generation.error is not None:
+        raise ValueError(generation.error)
+
+
+def _generate_file(
+    engine: "Engine",
+    config: "DecodingConfig",
+    records: list[Any],
+    output_path: Path | None,
+    settings: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> None:
+    """Records to the output file, or to standard output in order of completion."""
+    from tqdm import tqdm
+
+    from mara_fast.jsonl import ResultFile
+    from mara_fast.outputs import DecodingStats
+
+    if output_path is None:
+        for index, generation in engine.as_completed([r.prompt for r in records], config):
+            line = {"id": records[index].id} | generation.to_dict()
+            typer.echo(json.dumps(line, ensure_ascii=False))
+        return
+    with ResultFile(output_path, settings=settings, overwrite=overwrite) as results:
+        unknown = results.done - {record.id for record in records}
+        if unknown:
+            raise ValueError(
+                f"{output_path} holds id {sorted(map(str, unknown))[0]!r}, which is not in the "
+                "input; name another output, or overwrite this one"
+            )
+        todo = [record for record in records if record.id not in results.done]
+        total, failed = DecodingStats(), 0
+        with tqdm(total=len(records), initial=len(records) - len(todo), unit="prompt") as bar:
+            run = engine.as_completed(
+                [record.prompt for record in todo],
+                config,
+                sequence_ids=[record.sequence for record in todo],
+            )
+            try:
+                for index, generation in run:
+                    results.write(todo[index].id, generation)
+                    total += generation.stats
+                    failed += generation.error is not None
+                    bar.update()
+                    bar.set_postfix(tokens=total.num_tokens, refresh=False)
+            except KeyboardInterrupt:
+                bar.close()
+                typer.echo(
+                    f"interrupted: {len(results.done)} of {len(records)} results are in "
+                    f"{output_path}; the same command goes on from there",
+                    err=True,
+                )
+                raise typer.Exit(130) from None
+    typer.echo(f"{output_path}: {len(records)} results; {_summary(total)}", err=True)
+    if failed:
+        raise ValueError(f"{failed} prompts ended in an error; see error in {output_path}")
+
+
+def _summary(stats: Any) -> str:
+    if not stats.num_tokens:
+        return "no new tokens"
+    text = f"{stats.num_tokens} tokens, {stats.forwards_per_token:.2f} forwards per token"
+    if stats.num_decided:
+        text += (
+            f", rank 0 accepted {stats.rank0_accepted_frac:.0%}, "
+            f"all rejected {stats.num_all_rejected / stats.num_decided:.0%} of decided positions"
+        )
+    return text
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""A finished slot as a :class:`Generation`."""
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mara_fast.config import DecodingConfig
+from mara_fast.decoder import (
+    ACCEPTED,
+    BAD_ACCEPT,
+    BAD_LOGITS,
+    EOS,
+    FALLBACK,
+    FORCED,
+    LENGTH,
+    PLAIN,
+    SlotState,
+)
+from mara_fast.outputs import (
+    CandidateTrace,
+    DecodingStats,
+    FinishReason,
+    Generation,
+    TokenTrace,
+)
+from mara_kernels.cascade import acceptance_uniforms, rank_of_tried
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_REASONS: dict[int, FinishReason] = {
+    EOS: "eos",
+    LENGTH: "length",
+    BAD_LOGITS: "error",
+    BAD_ACCEPT: "error",
+}
+_VERDICTS = {FORCED: "forced", ACCEPTED: "accepted", FALLBACK: "fallback", PLAIN: "plain"}
+
+
+def collect(
+    state: SlotState,
+    *,
+    prompt: Any,
+    prompt_token_ids: list[int],
+    stopped_after: int | None,
+    config: DecodingConfig,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    seconds: float,
+) -> Generation:
+    """The result of a slot.
+
+    Args:
+        state: of this slot alone.
+        prompt, prompt_token_ids: as the request has them.
+        stopped_after: tokens up to the end of a stop string; None if there was none.
+        config: decoding options.
+        tokenizer: makes the text; None: no text.
+        seconds: since its first forward.
+    """
+    num_tokens = int(state.num_tokens) if stopped_after is None else stopped_after
+    tokens = token_traces(state, num_tokens=num_tokens, config=config)
+    ids = [token.token_id for token in tokens]
+    reason: FinishReason = "stop" if stopped_after is not None else _REASONS[int(state.done)]
+    text = None
+    if tokenizer is not None:
+        text = decode_text(tokenizer, ids)
+        if reason == "stop":
+            text = text[: min(i for s in config.stop_strings if (i := text.find(s)) >= 0)]
+    error = None
+    if reason == "error":
+        what = (
+            "the language model's logits are NaN or infinite"
+            if int(state.done) == BAD_LOGITS
+            else "the agent's accept logit is NaN"
+        )
+        position = len(prompt_token_ids) + num_tokens
+        error = f"{what} at position {position} (output token {num_tokens})"
+    return Generation(
+        prompt=prompt,
+        prompt_token_ids=prompt_token_ids,
+        text=text,
+        token_ids=ids,
+        finish_reason=reason,
+        stats=DecodingStats.of(tokens, num_forwards=int(state.num_forwards), seconds=seconds),
+        tokens=tokens,
+        trace=_with_candidates(state, tokens, config) if config.trace else None,
+        error=error,
+    )
+
+
+def token_traces(
+    state: SlotState, *, num_tokens: int, config: DecodingConfig, start: int = 0
+) -> tuple[TokenTrace, ...]:
+    """How the tokens ``start`` to ``num_tokens`` of a single slot were chosen."""
+    records = state.record[0, start:num_tokens].tolist()
+    floats = state.record_floats[0, start:num_tokens].tolist()
+    traces = []
+    for (token_id, size, rank, tried, verdict), (logprob, logit) in zip(
+        records, floats, strict=True
+    ):
+        asked = verdict in (ACCEPTED, FALLBACK)
+        stops_early = verdict == ACCEPTED and config.strategy == "first"
+        traces.append(
+            TokenTrace(
+                token_id=token_id,
+                rank=rank,
+                num_candidates=size,
+                logprob=logprob,
+                accept_prob=_sigmoid(logit) if asked else None,
+                verdict=_VERDICTS[verdict],  # type: ignore[arg-type]
+                num_examined=(tried + 1 if stops_early else size) if asked else 0,
+            )
+        )
+    return tuple(traces)
+
+
+def stop_position(
+    ids: Sequence[int],
+    *,
+    start: int,
+    stop_strings: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+) -> int | None:
+    """Tokens up to the first that completes a stop string; None if none does.
+
+    Args:
+        ids: tokens emitted so far.
+        start: so many of them are known to complete none.
+    """
+    for count in range(start + 1, len(ids) + 1):
+        text = decode_text(tokenizer, ids[:count])
+        if any(stop in text for stop in stop_strings):
+            return count
+    return None
+
+
+def decode_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
+    """Text of tokens, special ones left out."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _with_candidates(
+    state: SlotState, tokens: Sequence[TokenTrace], config: DecodingConfig
+) -> tuple[TokenTrace, ...]:
+    if not state.trace_ids.shape[1]:
+        return tuple(tokens)
+    rule = config.cascade_rule
+    traced = []
+    for position, token in enumerate(tokens):
+        size = token.num_candidates
+        ids = state.trace_ids[0, position, :size].tolist()
+        logprobs = state.trace_logprobs[0, position, :size].tolist()
+        logits = state.trace_logits[0, position, :size]
+        tried = torch.arange(token.num_examined, device=logits.device)
+        size_ = torch.tensor(size, device=logits.device)
+        asked = set(rank_of_tried(tried, size_, rule.order).tolist())
+        if rule.acceptance == "greedy":
+            accepted = logits > rule.threshold_logit
+        else:
+            ranks = torch.arange(size, device=logits.device)
+            at = torch.full_like(ranks, position)
+            draw, _ = acceptance_uniforms(rule.seed, state.sequence, at, ranks)
+            accepted = draw < torch.sigmoid(logits - rule.threshold_logit)
+        candidates = tuple(
+            CandidateTrace(
+                token_id=ids[rank],
+                logprob=logprobs[rank],
+                accept_prob=_sigmoid(float(logits[rank])) if rank in asked else None,
+                accepted=bool(accepted[rank]) if rank in asked else None,
+            )
+            for rank in range(size)
+        )
+        traced.append(TokenTrace(**{**token.__dict__, "candidates": candidates}))
+    return tuple(traced)
+
+
+def _sigmoid(logit: float) -> float:
+    return 1 / (1 + math.exp(-logit)) if logit >= 0 else 1 - 1 / (1 + math.exp(logit))

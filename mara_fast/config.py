@@ -1,0 +1,195 @@
+"""How a position is truncated, decided and stopped: one frozen record."""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+from mara_kernels.cascade import (
+    ACCEPTANCES,
+    FALLBACKS,
+    ORDERS,
+    STRATEGIES,
+    Acceptance,
+    CascadeRule,
+    Fallback,
+    Order,
+    Strategy,
+)
+
+PromptFormat = Literal["auto", "chat", "raw", "official"]
+PROMPT_FORMATS: tuple[str, ...] = get_args(PromptFormat)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodingConfig:
+    """Decoding options. The output is a pure function of the prompt, this record and the agent.
+
+    Args:
+        max_new_tokens: tokens produced at most; EOS counts.
+        min_new_tokens: EOS has no probability before this many tokens.
+        top_k: tokens kept by probability, ties included; 0 keeps all. Paper: 40.
+        top_p: mass kept of the renormalised top-k, in [0, 1]. Paper: 0.95.
+        temperature: divides the logits before truncation, > 0. With a greedy agent it moves only
+            which tokens top-p keeps. The authors divide by 0.8 after it, which changes no token.
+        acceptance: ``"greedy"`` accepts iff the accept probability exceeds ``threshold``;
+            ``"sample"`` draws. Without an agent ``"sample"`` samples from the candidate set and
+            ``"greedy"`` takes the most probable token.
+        threshold: accept probability that splits accept from reject, in (0, 1).
+        strategy: ``"first"`` accepted candidate, of ``"max_prob"`` accept probability, or
+            ``"random"`` among the accepted.
+        fallback: if all are rejected: the ``"last"`` tried (paper), the ``"first"`` (authors'
+            evaluation) or the one of ``"max_prob"`` accept probability.
+        order: ``"descending"`` probability, ``"reverse"``, or ``"top_last"`` (rank 1, 2, ..., 0).
+        window: candidates scored in one forward, or ``"auto"``. Never changes a token.
+        seed: of every draw, 0 <= seed < 2**64. A draw is keyed by (seed, sequence, position, rank).
+        eos_token_id: ids that end a sequence; None: those of the model's generation config.
+        stop_strings: texts that end a sequence; the text is cut before the first of them.
+        ignore_eos: go on after EOS.
+        prompt_format: how text becomes ids. ``"chat"``: chat template, one BOS. ``"raw"``: the text
+            as it is, with special tokens. ``"official"``: chat template, tokenised again with
+            special tokens, as the released agents were trained (double BOS). ``"auto"``: chat if
+            the tokenizer has a template, else raw.
+        trace: keep every candidate, log-probability, accept probability and verdict.
+
+    Raises:
+        ValueError: naming the option, what was given and what is allowed.
+    """
+
+    max_new_tokens: int = 256
+    min_new_tokens: int = 0
+    top_k: int = 40
+    top_p: float = 0.95
+    temperature: float = 1.0
+    acceptance: Acceptance = "greedy"
+    threshold: float = 0.5
+    strategy: Strategy = "first"
+    fallback: Fallback = "last"
+    order: Order = "descending"
+    window: int | Literal["auto"] = "auto"
+    seed: int = 0
+    eos_token_id: int | tuple[int, ...] | None = None
+    stop_strings: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    prompt_format: PromptFormat = "auto"
+    trace: bool = False
+
+    @classmethod
+    def paper(cls, **options: Any) -> Self:
+        """The paper's decoding: when all are rejected the last candidate is taken; one BOS."""
+        return cls(**({"fallback": "last", "prompt_format": "chat"} | options))
+
+    @classmethod
+    def official(cls, **options: Any) -> Self:
+        """The authors' evaluation: when all are rejected rank 0 is taken; double BOS."""
+        return cls(**({"fallback": "first", "prompt_format": "official"} | options))
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> Self:
+        """A config from plain values (JSON, YAML, keywords); unknown names are an error."""
+        return cls(**known_options(cls, options))
+
+    def replace(self, **options: Any) -> Self:
+        """This config with some options changed; unknown names are an error."""
+        return dataclasses.replace(self, **known_options(type(self), options))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as :meth:`from_dict` takes them."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @property
+    def cascade_rule(self) -> CascadeRule:
+        """The part that decides among candidates."""
+        return CascadeRule(
+            acceptance=self.acceptance,
+            threshold=self.threshold,
+            strategy=self.strategy,
+            fallback=self.fallback,
+            order=self.order,
+            seed=self.seed,
+        )
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "min_new_tokens", "top_k"):
+            _check(name, getattr(self, name), _is_int, "an integer >= 0", minimum=0)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}"
+            )
+        _check("top_p", self.top_p, _is_number, "a number in [0, 1]", minimum=0, maximum=1)
+        _check("temperature", self.temperature, _is_number, "a finite number > 0", above=0)
+        _check("threshold", self.threshold, _is_number, "a number in (0, 1)", above=0, below=1)
+        _check("seed", self.seed, _is_int, "an integer in [0, 2**64)", minimum=0, below=2**64)
+        if self.window != "auto":
+            _check("window", self.window, _is_int, 'an integer >= 1 or "auto"', minimum=1)
+        for name, allowed in (
+            ("acceptance", ACCEPTANCES),
+            ("strategy", STRATEGIES),
+            ("fallback", FALLBACKS),
+            ("order", ORDERS),
+            ("prompt_format", PROMPT_FORMATS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not known; allowed: {', '.join(allowed)}"
+                )
+        for name in ("ignore_eos", "trace"):
+            _check(name, getattr(self, name), lambda value: isinstance(value, bool), "a bool")
+
+        stop_strings = self.stop_strings
+        if isinstance(stop_strings, str):
+            stop_strings = (stop_strings,)
+        if not all(isinstance(text, str) and text for text in _tuple("stop_strings", stop_strings)):
+            raise ValueError(f"stop_strings={self.stop_strings!r}: allowed are non-empty strings")
+        object.__setattr__(self, "stop_strings", tuple(stop_strings))
+        if self.eos_token_id is not None:
+            eos = self.eos_token_id
+            ids = (eos,) if _is_int(eos) else _tuple("eos_token_id", eos)
+            if not all(_is_int(token_id) and token_id >= 0 for token_id in ids):
+                raise ValueError(f"eos_token_id={eos!r}: allowed are integers >= 0")
+            object.__setattr__(self, "eos_token_id", ids)
+
+
+def known_options(record: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, if all are fields of the dataclass; else a ValueError naming the closest."""
+    names = [field.name for field in dataclasses.fields(record)]
+    for name in options:
+        if name not in names:
+            close = difflib.get_close_matches(name, names, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"unknown option {name!r}{hint} Allowed: {', '.join(names)}")
+    return dict(options)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _tuple(name: str, value: object) -> tuple:
+    if not isinstance(value, Iterable):
+        raise ValueError(f"{name}={value!r}: allowed is one value or a list of them")
+    return tuple(value)
+
+
+def _check(
+    name: str,
+    value: Any,
+    is_kind: Any,
+    allowed: str,
+    *,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    if not is_kind(value) or not (minimum <= value <= maximum and above < value < below):
+        raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}")

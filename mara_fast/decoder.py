@@ -1,0 +1,462 @@
+"""One decode step over all slots: propose, score, select, commit, truncate.
+
+    window    = the next W undecided candidates of each slot
+    states    = LM(window)                      every row sees its slot's prefix and itself
+    d         = agent(states)
+    decision  = cascade(d)                      accepted rank, or go on with the next window
+    commit the best row's keys and values; where the position is decided, append its token and
+    logits(its state) -> the next candidate set; a set of one is emitted unasked
+
+The step is device-only: no host synchronisation, static shapes. On a CPU, where reading a tensor
+costs nothing, rows that cannot matter are left out.
+
+Shapes: B slots, W window, T rows of a chunk, K candidates, C columns of the candidate buffer,
+N tokens of the output buffer, H hidden, V vocabulary.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mara_fast.agent import MaraAgent
+from mara_fast.attention import TreeContext, chain, siblings
+from mara_fast.cache import SlotCache
+from mara_fast.config import DecodingConfig
+from mara_fast.language_model import FrozenLM
+from mara_kernels.cascade import Held, acceptance_uniforms, cascade, rank_of_tried
+from mara_kernels.truncate import CandidateSet, truncate
+
+RUNNING, EOS, LENGTH, BAD_LOGITS, BAD_ACCEPT = range(5)
+"""Values of ``SlotState.done``."""
+
+FORCED, ACCEPTED, FALLBACK, PLAIN = range(4)
+"""Values of the verdict column of ``SlotState.record``."""
+
+_SPARE_COLUMNS = 24
+"""Columns beyond top_k for ties into it; a buffer too small grows."""
+
+
+@dataclass(kw_only=True)
+class SlotState:
+    """The running batch, one row per slot. A slot whose ``size`` is 0 is idle."""
+
+    length: Tensor
+    """int64 [B], committed positions."""
+    sequence: Tensor
+    """int64 [B], keys the draws."""
+    candidate_ids: Tensor
+    """int64 [B, C], probability order."""
+    candidate_logprobs: Tensor
+    """float32 [B, C]"""
+    size: Tensor
+    """int64 [B], candidates at the pending position."""
+    offset: Tensor
+    """int64 [B], candidates tried before the next window."""
+    held_accepted: Tensor
+    """bool [B], with the next four: the best candidate of the windows so far."""
+    held_preference: Tensor
+    """float32 [B]"""
+    log_residual: Tensor
+    """float32 [B]"""
+    held_tried: Tensor
+    """int64 [B]"""
+    held_logit: Tensor
+    """float32 [B], its accept logit."""
+    hidden: Tensor
+    """[B, H], state of the best candidate; of the last token where no window ran yet."""
+    num_tokens: Tensor
+    """int64 [B], tokens emitted."""
+    num_forwards: Tensor
+    """int64 [B]"""
+    done: Tensor
+    """int64 [B], RUNNING or why it ended."""
+    record: Tensor
+    """int64 [B, N, 5]: token id, set size, probability rank, index tried, verdict."""
+    record_floats: Tensor
+    """float32 [B, N, 2]: log-probability, accept logit."""
+    trace_ids: Tensor
+    """int64 [B, N, C], candidate sets if traced, else [B, 0, 0]."""
+    trace_logprobs: Tensor
+    """float32 [B, N, C]"""
+    trace_logits: Tensor
+    """float32 [B, N, C], accept logits by rank; NaN: not asked."""
+
+    @classmethod
+    def empty(
+        cls,
+        num_slots: int,
+        *,
+        columns: int,
+        num_tokens: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        trace: bool,
+    ) -> "SlotState":
+        """All slots idle."""
+
+        def ints(*size: int) -> Tensor:
+            return torch.zeros(num_slots, *size, dtype=torch.int64, device=device)
+
+        def floats(*size: int) -> Tensor:
+            return torch.zeros(num_slots, *size, device=device)
+
+        traced = (num_tokens, columns) if trace else (0, 0)
+        return cls(
+            length=ints(),
+            sequence=ints(),
+            candidate_ids=ints(columns),
+            candidate_logprobs=floats(columns),
+            size=ints(),
+            offset=ints(),
+            held_accepted=ints().bool(),
+            held_preference=floats(),
+            log_residual=floats(),
+            held_tried=ints(),
+            held_logit=floats(),
+            hidden=torch.zeros(num_slots, hidden_size, dtype=dtype, device=device),
+            num_tokens=ints(),
+            num_forwards=ints(),
+            done=ints(),
+            record=ints(num_tokens, 5),
+            record_floats=floats(num_tokens, 2),
+            trace_ids=ints(*traced),
+            trace_logprobs=floats(*traced),
+            trace_logits=floats(*traced),
+        )
+
+    def narrowed(self, slots: slice) -> "SlotState":
+        """Views of a range of slots."""
+        return SlotState(**{name: tensor[slots] for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All fields by name."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+
+    def reset(self, slot: int, *, sequence: int) -> None:
+        """Empties a slot for a new sequence."""
+        for tensor in self.tensors().values():
+            tensor[slot] = 0
+        self.sequence[slot] = sequence
+        self.trace_logits[slot] = torch.nan
+
+    def swap(self, first: int, second: int) -> None:
+        """Exchanges two slots."""
+        for tensor in self.tensors().values():
+            tensor[[first, second]] = tensor[[second, first]]
+
+
+class Decoder:
+    """Decodes slots step by step; the engine decides what is in them.
+
+    The first ``num_decoding`` slots decode. Slots behind them may be prefilled meanwhile.
+
+    Args:
+        lm: the frozen language model.
+        agent: accepts or rejects; None for plain decoding.
+        config: decoding options.
+        cache: to decode in; at least ``num_slots`` slots, and scratch for every forward's rows.
+        num_slots: size of the batch.
+        window: candidates per slot and step.
+        eos_ids: what ends a sequence.
+        host_reads: leave out rows that cannot matter, by reading tensors on the host.
+    """
+
+    def __init__(
+        self,
+        lm: FrozenLM,
+        agent: MaraAgent | None,
+        config: DecodingConfig,
+        *,
+        cache: SlotCache,
+        num_slots: int,
+        window: int,
+        eos_ids: tuple[int, ...],
+        host_reads: bool,
+    ) -> None:
+        self.lm, self.agent, self.config, self.window = lm, agent, config, window
+        self.cache, self.host_reads, self.rule = cache, host_reads, config.cascade_rule
+        self.is_plain_greedy = agent is None and config.acceptance == "greedy"
+        vocab_size = lm.vocab_size
+        top_k = min(config.top_k, vocab_size) if config.top_k else vocab_size
+        self.columns = min(vocab_size, max(64, top_k + _SPARE_COLUMNS))
+        self.state = SlotState.empty(
+            num_slots,
+            columns=1 if agent is None else self.columns,
+            num_tokens=config.max_new_tokens,
+            hidden_size=lm.hidden_size,
+            dtype=lm.model.dtype,
+            device=lm.device,
+            trace=config.trace and agent is not None,
+        )
+        self.eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=lm.device)
+
+    def prefill(self, slots: slice, ids_BT: Tensor, num_valid: Tensor, complete: Tensor) -> None:
+        """One chunk of the prompts of some slots.
+
+        Args:
+            slots: which.
+            ids_BT: int64 [B, T], right-padded.
+            num_valid: int64 [B], tokens of each row that are not padding.
+            complete: bool [B], the prompt ends with this chunk.
+        """
+        state = self.state.narrowed(slots)
+        ancestors, depths = chain(ids_BT.shape[1], ids_BT.device)
+        base = self._base(state)
+        hidden = self._forward(slots, state, ids_BT, ancestors, depths, base)
+        valid = depths < num_valid[:, None]
+        source = (base + depths).expand_as(ids_BT)
+        destination = torch.where(valid, state.length[:, None] + depths, self.cache.trash)
+        if not (self.host_reads and (state.length == base).all()):
+            self.cache.commit(source, destination)
+        state.length += num_valid
+        state.num_forwards += 1
+        last = (num_valid - 1).clamp(min=0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        state.hidden.copy_(hidden.gather(1, last)[:, 0])
+        self._truncate(slots, state, complete)
+
+    def step(self, num_decoding: int) -> None:
+        """One window of every decoding slot."""
+        slots = slice(0, num_decoding)
+        state = self.state.narrowed(slots)
+
+        # Propose. A set that outgrew the buffer waits until the host has made room.
+        size = torch.where(state.size <= state.candidate_ids.shape[1], state.size, 0)
+        window = 1 if self.agent is None else self.window
+        if self.host_reads:
+            window = max(1, min(window, int((size - state.offset).max())))
+        rank, ids_BW, hidden_BWH, base = self._propose(slots, state, size, window)
+        if self.host_reads and window > 1 and hidden_BWH.isnan().any():
+            # 0 * NaN is NaN: a masked sibling has spoilt the row beside it. One by one, then.
+            window = 1
+            self.cache.clear_rows(base)
+            rank, ids_BW, hidden_BWH, base = self._propose(slots, state, size, window)
+        state.num_forwards += size > 0
+
+        # Score and select.
+        if self.agent is None:
+            # Every set is one token, chosen and emitted when it was truncated.
+            logit_BW = torch.zeros(ids_BW.shape, device=size.device)
+        else:
+            logit_BW = self.agent.accept_logit(hidden_BWH)
+        decision = cascade(
+            logit_BW,
+            offset=state.offset,
+            size=size,
+            held=Held(state.held_accepted, state.held_preference, state.log_residual),
+            rule=self.rule,
+            sequence=state.sequence,
+            position=state.num_tokens,
+        )
+        better, row = decision.row >= 0, decision.row.clamp(min=0)
+        slot = torch.arange(row.shape[0], device=row.device)
+        state.held_accepted.copy_(decision.held.accepted)
+        state.held_preference.copy_(decision.held.preference)
+        state.log_residual.copy_(decision.held.log_residual)
+        state.held_tried.copy_(torch.where(better, state.offset + row, state.held_tried))
+        state.held_logit.copy_(torch.where(better, logit_BW[slot, row], state.held_logit))
+        state.hidden.copy_(torch.where(better[:, None], hidden_BWH[slot, row], state.hidden))
+        if state.trace_logits.shape[1]:
+            self._trace_logits(state, rank, logit_BW)
+
+        # Commit the best candidate so far; a better one of a later window overwrites it.
+        self._commit(better, base + row, state.length)
+        decided = decision.decided & ~decision.invalid
+        state.done.masked_fill_(decision.invalid, BAD_ACCEPT)
+        state.size.masked_fill_(decision.invalid, 0)
+        asked = decided & (size > 1)
+        self._emit(state, asked, torch.where(state.held_accepted, ACCEPTED, FALLBACK))
+        state.length += decided
+        # A slot that waits for room has tried nothing.
+        state.offset += window * (size > 0)
+        state.offset.masked_fill_(decided, 0)
+        self._truncate(slots, state, decided & (state.done == RUNNING))
+
+    def grow(self) -> None:
+        """Makes room for candidate sets that outgrew the buffer, which wait for it.
+
+        Reads the state on the host: call it between steps. With ``host_reads`` no set ever waits.
+        """
+        waiting = self.state.size > self.state.candidate_ids.shape[1]
+        if waiting.any():
+            self._make_room(int(self.state.size.max()))
+            self._truncate(slice(None), self.state, waiting)
+
+    def _propose(
+        self, slots: slice, state: SlotState, size: Tensor, window: int
+    ) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Ranks [B, W], token ids [B, W] and states [B, W, H] of the next window, and its base."""
+        tried = state.offset[:, None] + torch.arange(window, device=size.device)
+        # Rows past the set repeat the window's first.
+        tried = torch.where(tried < size[:, None], tried, state.offset[:, None])
+        rank = rank_of_tried(tried, size[:, None], self.rule.order)
+        rank = rank.clamp(min=0, max=state.candidate_ids.shape[1] - 1)
+        ids_BW = state.candidate_ids.gather(1, rank)
+        ancestors, depths = siblings(window, ids_BW.device)
+        base = self._base(state)
+        hidden_BWH = self._forward(slots, state, ids_BW, ancestors, depths, base)
+        return rank, ids_BW, hidden_BWH, base
+
+    def _base(self, state: SlotState) -> int:
+        """Row where the new rows begin: behind every prefix, and the best candidate behind it."""
+        if not self.host_reads:
+            return self.cache.max_length
+        return int((state.length + (state.offset > 0)).max())
+
+    def _forward(
+        self,
+        slots: slice,
+        state: SlotState,
+        ids_BT: Tensor,
+        ancestors: Tensor,
+        depths: Tensor,
+        base: int,
+    ) -> Tensor:
+        """[B, T, H] of new rows behind the slots' prefixes."""
+        one_row = ids_BT.shape[1] == 1
+        context = TreeContext(
+            lengths=state.length,
+            ancestors=ancestors,
+            depths=depths,
+            base=base,
+            see_everything=self.host_reads and one_row and bool((state.length == base).all()),
+        )
+        # Padding and idle rows may point past the end; no row that counts does.
+        positions = (state.length[:, None] + depths).clamp(max=self.cache.max_length - 1)
+        self.cache.select(slots, base=base)
+        return self.lm.hidden_states(ids_BT, positions=positions, cache=self.cache, context=context)
+
+    def _commit(self, chosen: Tensor, source: Tensor, destination: Tensor) -> None:
+        """Keeps one new row per slot where chosen."""
+        if self.host_reads:
+            moved = (chosen & (source != destination)).nonzero()[:, 0]
+            if moved.numel():
+                self.cache.commit_rows(moved, source[moved], destination[moved])
+            return
+        destination = torch.where(chosen, destination, self.cache.trash)
+        self.cache.commit(source[:, None], destination[:, None])
+
+    def _truncate(self, slots: slice, state: SlotState, chosen: Tensor) -> None:
+        """New candidate sets from ``state.hidden`` where chosen; forced tokens are emitted."""
+        index: Tensor | slice = slice(None)
+        if self.host_reads:
+            index = chosen.nonzero()[:, 0]
+            if not index.numel():
+                return
+        logits = self.lm.logits(state.hidden[index])
+        if self.config.min_new_tokens and self.eos_ids.numel():
+            early = state.num_tokens[index] < self.config.min_new_tokens
+            at_eos = logits[:, self.eos_ids]
+            logits[:, self.eos_ids] = at_eos.masked_fill(early[:, None], -torch.inf)
+        new = self._candidates(logits)
+        if self.host_reads and self.agent is not None and new.size.max() > new.ids.shape[1]:
+            self._make_room(int(new.size.max()))
+            state = self.state.narrowed(slots)
+            new = self._candidates(logits)
+        if self.agent is None and not self.is_plain_greedy:
+            new = _sample(new, self.config.seed, state.sequence[index], state.num_tokens[index])
+
+        mine = chosen[index]
+        state.size[index] = torch.where(mine, new.size, state.size[index])
+        mine = mine[:, None]
+        state.candidate_ids[index] = torch.where(mine, new.ids, state.candidate_ids[index])
+        state.candidate_logprobs[index] = torch.where(
+            mine, new.logprobs, state.candidate_logprobs[index]
+        )
+        state.done.masked_fill_(chosen & (state.size == 0), BAD_LOGITS)
+        if state.trace_ids.shape[1]:
+            self._trace_candidates(state, chosen)
+
+        state.held_tried.masked_fill_(chosen, 0)
+        state.held_logit.masked_fill_(chosen, torch.nan)
+        self._emit(state, chosen & (state.size == 1), PLAIN if self.agent is None else FORCED)
+
+    def _candidates(self, logits: Tensor) -> CandidateSet:
+        if self.is_plain_greedy:
+            return _argmax(logits)
+        return truncate(
+            logits,
+            top_k=self.config.top_k,
+            top_p=self.config.top_p,
+            temperature=self.config.temperature,
+            capacity=self.columns,
+        )
+
+    def _make_room(self, needed: int) -> None:
+        """Widens the candidate buffers."""
+        self.columns = min(self.lm.vocab_size, 1 << (needed - 1).bit_length())
+        state = self.state
+        names = ["candidate_ids", "candidate_logprobs"]
+        if state.trace_ids.shape[1]:
+            names += ["trace_ids", "trace_logprobs", "trace_logits"]
+        for name in names:
+            buffer = getattr(state, name)
+            spare = (0, self.columns - buffer.shape[-1])
+            setattr(state, name, torch.nn.functional.pad(buffer, spare))
+
+    def _emit(self, state: SlotState, chosen: Tensor, verdict: Tensor | int) -> None:
+        """Appends the held candidate of the pending position where chosen."""
+        column = state.num_tokens.clamp(max=self.config.max_new_tokens - 1)
+        slot = torch.arange(column.shape[0], device=column.device)
+        rank = rank_of_tried(state.held_tried, state.size, self.rule.order)
+        rank = rank.clamp(min=0, max=state.candidate_ids.shape[1] - 1)
+        token = state.candidate_ids[slot, rank]
+        if isinstance(verdict, int):
+            verdict = torch.full_like(token, verdict)
+        values = torch.stack((token, state.size, rank, state.held_tried, verdict), dim=-1)
+        floats = torch.stack((state.candidate_logprobs[slot, rank], state.held_logit), dim=-1)
+        chosen_B1 = chosen[:, None]
+        state.record[slot, column] = torch.where(chosen_B1, values, state.record[slot, column])
+        state.record_floats[slot, column] = torch.where(
+            chosen_B1, floats, state.record_floats[slot, column]
+        )
+        state.num_tokens += chosen
+        if not self.config.ignore_eos:
+            state.done.masked_fill_(chosen & torch.isin(token, self.eos_ids), EOS)
+        full = chosen & (state.num_tokens >= self.config.max_new_tokens) & (state.done == RUNNING)
+        state.done.masked_fill_(full, LENGTH)
+        state.size.masked_fill_(chosen & (state.done != RUNNING), 0)
+
+    def _trace_candidates(self, state: SlotState, chosen: Tensor) -> None:
+        column = state.num_tokens.clamp(max=self.config.max_new_tokens - 1)
+        slot = torch.arange(column.shape[0], device=column.device)
+        for buffer, values in (
+            (state.trace_ids, state.candidate_ids),
+            (state.trace_logprobs, state.candidate_logprobs),
+        ):
+            buffer[slot, column] = torch.where(chosen[:, None], values, buffer[slot, column])
+
+    def _trace_logits(self, state: SlotState, rank: Tensor, logit_BW: Tensor) -> None:
+        column = state.num_tokens.clamp(max=self.config.max_new_tokens - 1)
+        slot = torch.arange(column.shape[0], device=column.device)
+        # Rows past the set repeat the first rank, with its logit.
+        logit_BW = torch.where(rank == rank[:, :1], logit_BW[:, :1], logit_BW)
+        traced = state.trace_logits[slot, column].scatter(1, rank, logit_BW)
+        state.trace_logits[slot, column] = torch.where(
+            (state.size > 0)[:, None], traced, state.trace_logits[slot, column]
+        )
+
+
+def _argmax(logits: Tensor) -> CandidateSet:
+    """The most probable token as a set of one; equals go to the lowest id."""
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    ids = logprobs.argmax(dim=-1, keepdim=True)
+    best = logprobs.gather(1, ids)
+    return CandidateSet(ids, best, best[:, 0].isfinite().long())
+
+
+def _sample(
+    candidates: CandidateSet, seed: int, sequence: Tensor, position: Tensor
+) -> CandidateSet:
+    """One token of each set by the inverse of its distribution function, as a set of one.
+
+    Of a set with more ties than columns the columns stand for the whole.
+    """
+    uniform, _ = acceptance_uniforms(seed, sequence, position, torch.zeros_like(position))
+    mass = torch.softmax(candidates.logprobs, dim=-1).cumsum(-1)
+    chosen = (mass <= uniform[:, None]).sum(-1).clamp(max=(candidates.size - 1).clamp(min=0))
+    ids = candidates.ids.gather(1, chosen[:, None])
+    logprobs = candidates.logprobs.gather(1, chosen[:, None])
+    return CandidateSet(ids, logprobs, candidates.size.clamp(max=1))

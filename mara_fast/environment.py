@@ -1,0 +1,39 @@
+"""What this installation runs on."""
+
+import importlib.metadata
+import platform
+import sys
+
+import torch
+
+from mara_fast import __version__
+
+_PACKAGES = ("transformers", "triton", "flash-attn", "numpy", "safetensors", "huggingface_hub")
+_KERNELS = ("truncate", "score", "cascade", "attention")
+
+
+def environment() -> dict[str, str]:
+    """Versions, devices and the body each kernel uses, as texts by name."""
+    found = {
+        "mara-fast": __version__,
+        "python": f"{platform.python_version()} ({sys.executable})",
+        "platform": platform.platform(),
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} CPU threads",
+    }
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            found[f"cuda:{index}"] = (
+                f"{properties.name}, sm_{properties.major}{properties.minor}, "
+                f"{properties.total_memory / 2**30:.0f} GiB"
+            )
+    else:
+        found["cuda"] = "no device"
+    for name in _KERNELS:
+        found[name] = "torch reference: the only body of this version"
+    return found

@@ -1,0 +1,375 @@
+"""A frozen Hugging Face causal LM as two functions: rows to hidden states, states to logits.
+
+No model code is re-implemented. The body runs with our cache and our attention function, its tail
+(norms behind the body, soft-caps, logit scales) runs as it stands on the chosen states. Whether
+this is right for an architecture is tested on the model itself at construction.
+
+Shapes: B slots, T rows per slot, H hidden, V vocabulary.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from mara_fast.attention import (
+    ATTENTION_NAME,
+    CONTEXT_KEYWORD,
+    TreeContext,
+    chain,
+    register_attention,
+    siblings,
+)
+from mara_fast.cache import SlotCache
+
+AttentionPath = Literal["auto", "candidate", "stock"]
+ATTENTION_PATHS = ("auto", "candidate", "stock")
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_COUPLED_ROPES = {"dynamic", "longrope"}
+
+
+class UnsupportedModelError(ValueError):
+    """The architecture cannot be decoded exactly; the message says why."""
+
+
+class FrozenLM:
+    """A causal LM, decoded without being changed.
+
+    Args:
+        model: a loaded causal LM; put in eval mode.
+        attention: ``"candidate"``: our attention function. ``"stock"``: the model's own sdpa or
+            eager attention over explicit masks, slower. ``"auto"``: the first, where it is exact.
+
+    Raises:
+        UnsupportedModelError: naming the architecture and the reason.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, attention: AttentionPath = "auto") -> None:
+        if attention not in ATTENTION_PATHS:
+            raise ValueError(
+                f"attention={attention!r} is not known; allowed: {', '.join(ATTENTION_PATHS)}"
+            )
+        self.model = model.eval()
+        self.name = type(model).__name__
+        self.config = model.config.get_text_config()
+        self._body_name, self.body = self._find_body()
+        self._head = self._headless_copy()
+        self._injected: TreeContext | None = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._refuse_by_config()
+        register_attention()
+        self.attention = self._choose_attention(attention)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows go in."""
+        return self.model.get_input_embeddings().weight.device
+
+    @property
+    def hidden_size(self) -> int:
+        """H"""
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """V, as the embedding has it."""
+        return self.model.get_input_embeddings().weight.shape[0]
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions the model was made for, if it says so."""
+        ropes = _rope_parameters(self.config)
+        originals = [
+            rope["original_max_position_embeddings"]
+            for rope in ropes
+            if rope.get("rope_type") == "longrope" and "original_max_position_embeddings" in rope
+        ]
+        limit = getattr(self.config, "max_position_embeddings", None)
+        # Past its original context longrope changes the factors of every row in the batch.
+        return min([*originals, limit]) if originals and limit else limit
+
+    def hidden_states(
+        self, ids_BT: Tensor, *, positions: Tensor, cache: SlotCache, context: TreeContext
+    ) -> Tensor:
+        """Last hidden states, after the final norm, of new rows of the cache's selected slots.
+
+        Args:
+            ids_BT: int64 [B, T].
+            positions: int64 [B, T].
+            cache: slots and base selected; the rows' keys and values are left at the base.
+            context: the rows' place in their slots.
+
+        Returns:
+            [B, T, H]
+        """
+        extra: dict[str, Any] = {}
+        if self.attention == "candidate":
+            # Four dimensions: transformers takes the mask as it is, builds none and reads none.
+            mask: Any = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids_BT.device)
+            if self._hooks:
+                self._injected = context
+            else:
+                extra[CONTEXT_KEYWORD] = context
+        else:
+            mask = self._explicit_masks(context)
+        try:
+            with self._our_attention():
+                return self.body(
+                    input_ids=ids_BT,
+                    attention_mask=mask,
+                    position_ids=positions,
+                    past_key_values=cache,
+                    use_cache=True,
+                    **extra,
+                ).last_hidden_state
+        finally:
+            self._injected = None
+
+    def logits(self, hidden_NH: Tensor) -> Tensor:
+        """Next-token logits [N, V] of hidden states, by the model's own tail."""
+        return self._head(inputs_embeds=hidden_NH[:, None], use_cache=False).logits[:, 0]
+
+    @contextmanager
+    def _our_attention(self) -> Iterator[None]:
+        if self.attention != "candidate":
+            yield
+            return
+        config, previous = self.body.config, self.body.config._attn_implementation
+        config._attn_implementation = ATTENTION_NAME
+        try:
+            yield
+        finally:
+            config._attn_implementation = previous
+
+    def _find_body(self) -> tuple[str, PreTrainedModel]:
+        # base_model_prefix is wrong for some models; the body is the one child of its kind.
+        bodies = [
+            (name, child)
+            for name, child in self.model.named_children()
+            if isinstance(child, PreTrainedModel)
+        ]
+        if len(bodies) != 1 or self.model.get_output_embeddings() is None:
+            raise UnsupportedModelError(
+                f"{self.name} is not supported: expected a causal LM made of one body and a head, "
+                f"found the children {[name for name, _ in self.model.named_children()]}"
+            )
+        return bodies[0]
+
+    def _headless_copy(self) -> nn.Module:
+        head = copy.copy(self.model)
+        head._modules = dict(self.model._modules)
+        head._modules[self._body_name] = _PassThrough()
+        # accelerate binds these to the original model: the copy would run its body after all.
+        for name in ("forward", "_old_forward", "_hf_hook"):
+            head.__dict__.pop(name, None)
+        return head
+
+    def _refuse_by_config(self) -> None:
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(f"{self.name} is not supported: it has an encoder")
+        layer_types = set(getattr(self.config, "layer_types", None) or ())
+        if layer_types - _LAYER_TYPES:
+            raise UnsupportedModelError(
+                f"{self.name} is not supported: its layers of type "
+                f"{', '.join(sorted(layer_types - _LAYER_TYPES))} keep a state that cannot be "
+                "shared by candidates; supported are full_attention and sliding_attention"
+            )
+        for rope in _rope_parameters(self.config):
+            kind = rope.get("rope_type", rope.get("type"))
+            bounded = kind == "longrope" and self.max_positions is not None
+            if kind in _COUPLED_ROPES and not bounded:
+                raise UnsupportedModelError(
+                    f"{self.name} is not supported: its {kind} rope depends on the longest "
+                    "sequence of the batch, so a sequence would not be independent of the others"
+                )
+
+    def _explicit_masks(self, context: TreeContext) -> Any:
+        def mask(sliding_window: int | None) -> Tensor:
+            visible = context.visible(sliding_window)
+            if visible is None:
+                num_slots, num_rows = context.lengths.shape[0], context.depths.shape[0]
+                size = (num_slots, num_rows, context.base + num_rows)
+                visible = torch.ones(size, dtype=torch.bool, device=context.lengths.device)
+            visible = visible[:, None]
+            if self.model.config._attn_implementation == "sdpa":
+                return visible
+            dtype = self.model.dtype
+            zero = torch.zeros((), dtype=dtype, device=visible.device)
+            return torch.where(visible, zero, torch.finfo(dtype).min)
+
+        window = getattr(self.config, "sliding_window", None)
+        layer_types = getattr(self.config, "layer_types", None)
+        if layer_types and "sliding_attention" in layer_types:
+            return {"full_attention": mask(None), "sliding_attention": mask(window)}
+        return mask(None if layer_types else window)
+
+    def _choose_attention(self, attention: AttentionPath) -> str:
+        """The first path that passes the self-check; raises with every path's reason."""
+        reasons = []
+        for path, inject in (("candidate", False), ("candidate", True), ("stock", False)):
+            if attention not in ("auto", path):
+                continue
+            self.attention = path
+            if inject:
+                self._inject_context()
+            try:
+                self._check_path()
+            # Whatever a foreign model raises under our cache and mask: this path is not for it.
+            except Exception as error:
+                reason = str(error).strip().splitlines() or [type(error).__name__]
+                reasons.append(f"{path}{' (injected)' if inject else ''}: {reason[0]}")
+                for hook in self._hooks:
+                    hook.remove()
+                self._hooks = []
+                continue
+            return path
+        raise UnsupportedModelError(
+            f"{self.name} is not supported: it does not decode exactly through slots. "
+            + "; ".join(reasons)
+        )
+
+    def _inject_context(self) -> None:
+        """For layers that do not pass keywords on: hands the context to the attention modules."""
+        lm = weakref.ref(self)
+
+        def add_context(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            owner = lm()
+            if owner is None or owner._injected is None:
+                return None
+            return args, kwargs | {CONTEXT_KEYWORD: owner._injected}
+
+        for module in self.body.modules():
+            if "Attention" in type(module).__name__ and hasattr(module, "layer_idx"):
+                hook = module.register_forward_pre_hook(add_context, with_kwargs=True)
+                self._hooks.append(hook)
+
+    def _check_implementation(self) -> None:
+        if self.attention == "stock":
+            own = self.model.config._attn_implementation
+            if own not in ("sdpa", "eager"):
+                raise RuntimeError(f"its attention is {own!r}, not sdpa or eager")
+            return
+        previous = self.model.config._attn_implementation
+        try:
+            self.model.set_attn_implementation(ATTENTION_NAME)
+            taken = self.body.config._attn_implementation == ATTENTION_NAME
+        finally:
+            self.model.config._attn_implementation = previous
+            self.body.config._attn_implementation = previous
+        if not taken:
+            raise RuntimeError("it does not take another attention function")
+
+    @torch.inference_mode()
+    def _check_path(self) -> None:
+        """Prefill in two chunks, then a window, in two slots of unequal length, against plain
+        forwards: the states and logits must agree, and every layer use the window it should."""
+        self._check_implementation()
+        device, vocab_size = self.device, min(self.vocab_size, self.config.vocab_size)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab_size, (2, 6), generator=generator).to(device)
+        lengths = [3, 5]
+        cache = SlotCache(num_slots=2, max_length=8, scratch=3)
+        windows_seen: dict[int, int | None] = {}
+
+        def run(rows: Tensor, start: list[int], tree: Any, base: int) -> Tensor:
+            ancestors, depths = tree(rows.shape[1], device)
+            length = torch.tensor(start, device=device)
+            cache.select(slice(0, 2), base=base)
+            context = TreeContext(
+                lengths=length,
+                ancestors=ancestors,
+                depths=depths,
+                base=base,
+                windows_seen=windows_seen,
+            )
+            positions = length[:, None] + depths
+            return self.hidden_states(rows, positions=positions, cache=cache, context=context)
+
+        run(ids[:, :2], [0, 0], chain, 0)
+        run(ids[:, 2:5], [2, 2], chain, 2)
+        # Slot 0 forgets its last two rows: the lengths now differ, and stale rows lie behind.
+        window = torch.stack((ids[:, 5], ids[:, 0], ids[:, 5]), dim=1)
+        hidden = run(window, lengths, siblings, 5)[:, 2]
+        logits = self.logits(hidden)
+
+        self._check_windows(windows_seen)
+        for slot, length in enumerate(lengths):
+            plain = torch.cat((ids[slot, :length], ids[slot, 5:]))[None]
+            with self._reference_attention():
+                expected = self.body(input_ids=plain, use_cache=False).last_hidden_state[0, -1]
+                expected_logits = self.model(input_ids=plain, use_cache=False).logits[0, -1]
+            _compare("hidden states", hidden[slot], expected)
+            _compare("logits", logits[slot], expected_logits)
+
+    def _check_windows(self, windows_seen: dict[int, int | None]) -> None:
+        if self.attention != "candidate":
+            return
+        if len(windows_seen) < self.config.num_hidden_layers:
+            raise RuntimeError(
+                f"{len(windows_seen)} of {self.config.num_hidden_layers} layers attend through it"
+            )
+        # A handful of tokens cannot show a window of thousands: compare with the config instead.
+        window = getattr(self.config, "sliding_window", None)
+        layer_types = getattr(self.config, "layer_types", None)
+        for index, seen in windows_seen.items():
+            expected = window
+            if layer_types and layer_types[index] == "full_attention":
+                expected = None
+            if seen != expected:
+                raise RuntimeError(
+                    f"layer {index} attends with sliding window {seen}, its config says {expected}"
+                )
+
+    @contextmanager
+    def _reference_attention(self) -> Iterator[None]:
+        """eager where the model can: stock sdpa has dropped soft-caps silently."""
+        config, previous = self.body.config, self.body.config._attn_implementation
+        if self.attention == "candidate":
+            config._attn_implementation = "eager"
+        try:
+            yield
+        finally:
+            config._attn_implementation = previous
+
+
+class _PassThrough(nn.Module):
+    """Stands for the body in the head's copy of the model."""
+
+    def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> "_BodyOutput":
+        return _BodyOutput(last_hidden_state=inputs_embeds)
+
+
+class _BodyOutput(BaseModelOutput):
+    """A body's output; whatever else a head asks of it (router logits, ...) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+def _rope_parameters(config: Any) -> list[dict[str, Any]]:
+    """The rope settings of a config; models with several kinds of layers have one each."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
+
+
+def _compare(what: str, got: Tensor, expected: Tensor) -> None:
+    # bf16 rounds in another order; a wrong mask or position is off by the size of the states.
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 5e-2
+    finite = expected.isfinite()
+    error = (got.float() - expected.float())[finite].abs().mean()
+    scale = expected[finite].float().abs().mean().clamp(min=1e-6)
+    if not error <= tolerance * scale:
+        raise RuntimeError(
+            f"{what} differ from a plain forward by {(error / scale).item():.2g} of their size"
+        )

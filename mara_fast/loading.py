@@ -1,0 +1,126 @@
+"""Models, tokenizers and agents from what a user names."""
+
+import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from mara_fast.agent import MaraAgent
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from mara_fast.language_model import FrozenLM
+
+ModelLike: TypeAlias = "PreTrainedModel | str | os.PathLike[str]"
+
+TINY = "tiny"
+"""Name of the embedded default model."""
+
+
+def load_model(
+    model: ModelLike, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
+    """A causal LM and the tokenizer at its path.
+
+    Args:
+        model: hub id, path, ``"tiny"``, or a loaded model, which is used as it is.
+        dtype: ``"auto"``: float32 on a CPU, else the checkpoint's; or a name or torch dtype.
+        device: ``"auto"``: cuda if there is one.
+
+    Raises:
+        ValueError: unknown dtype or device, a model that is not a causal LM.
+        OSError: nothing at this path or hub id.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return model, _tokenizer_of(model.config._name_or_path)
+    if not isinstance(model, str | os.PathLike):
+        raise ValueError(
+            f"model must be a hub id, a path, a PreTrainedModel or {TINY!r}, "
+            f"got {type(model).__name__}"
+        )
+    place = _device(device)
+    kind = _dtype(dtype, place)
+    if model == TINY:
+        from mara_fast import tiny
+
+        lm, tokenizer = tiny.load(dtype=torch.float32 if kind == "auto" else kind)
+        return lm.to(place), tokenizer
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
+    return loaded.to(place).eval(), _quietly(lambda: AutoTokenizer.from_pretrained(model))
+
+
+def load_agent(
+    agent: "MaraAgent | str | os.PathLike[str] | bool | None", *, model: Any, lm: "FrozenLM"
+) -> MaraAgent | None:
+    """The agent on the language model's device, checked against it; None for plain decoding.
+
+    Raises:
+        ValueError: wrong type, wrong hidden size, NaN or infinite weights.
+    """
+    if agent is None and isinstance(model, str) and model == TINY:
+        from mara_fast import tiny
+
+        agent = str(tiny.AGENT_PATH)
+    if agent is None or agent is False:
+        return None
+    if isinstance(agent, str | os.PathLike):
+        agent = MaraAgent.from_pretrained(agent)
+    if not isinstance(agent, MaraAgent):
+        raise ValueError(
+            "agent must be a MaraAgent, a folder, a hub id, None or False, "
+            f"got {type(agent).__name__}"
+        )
+    if agent.config.hidden_size != lm.hidden_size:
+        raise ValueError(
+            f"the agent judges states of size {agent.config.hidden_size}, but {lm.name} has hidden "
+            f"size {lm.hidden_size}: it was trained for another model"
+            + (f" ({agent.config.base_model})" if agent.config.base_model else "")
+        )
+    for name, parameter in agent.named_parameters():
+        if not parameter.isfinite().all():
+            raise ValueError(f"the agent's {name} holds NaN or infinite values")
+    return agent.to(lm.device)
+
+
+def _tokenizer_of(name: str) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer a loaded model came with, if it is still to be had."""
+    from transformers import AutoTokenizer
+
+    return _quietly(lambda: AutoTokenizer.from_pretrained(name)) if name else None
+
+
+def _quietly(load: "Callable[[], Any]") -> Any:
+    # A model without a tokenizer is fine: its prompts are token ids.
+    try:
+        return load()
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f'device={device!r} is not known; allowed: "auto", "cpu", "cuda"') from (
+            error
+        )
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={device!r}, but torch sees no CUDA device")
+    return place
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> Any:
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ValueError(
+            f'dtype={dtype!r} is not known; allowed: "auto", "float32", "bfloat16", "float16"'
+        )
+    return kind

@@ -1,0 +1,169 @@
+"""The engine against the sequential cascade: exact tokens in float32, equal counts."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, OTHER_ARCHITECTURES, random_prompt
+from exactness import check_exact, random_agent
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mara_fast import Engine
+from mara_fast.language_model import UnsupportedModelError
+from mara_kernels.cascade import FALLBACKS, ORDERS, STRATEGIES
+
+PROPERTY_ARCHITECTURES = ("llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "gpt2")
+
+
+@cache
+def model_of(name: str) -> Any:
+    return (ARCHITECTURES | OTHER_ARCHITECTURES)[name]()
+
+
+@cache
+def engine_of(name: str, max_batch_size: int, prefill_chunk: int) -> Engine:
+    model = model_of(name)
+    agent = random_agent(model.get_input_embeddings().weight.shape[1])
+    return Engine(model, agent, max_batch_size=max_batch_size, prefill_chunk=prefill_chunk)
+
+
+@cache
+def memo_of(name: str) -> dict:
+    """Forwards of the oracle, shared by the cases of a model."""
+    return {}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architecture(name: str) -> None:
+    """Unequal prompts over two slots with refill, prompts longer than chunks and windows."""
+    model = model_of(name)
+    engine = engine_of(name, 2, 7)
+    assert engine.lm.attention == "candidate"
+    prompts = [random_prompt(model, length, seed=length) for length in (16, 3, 9)]
+    for options in (
+        {"window": 1, "fallback": "first"},
+        {"window": 4, "fallback": "last", "top_k": 8},
+        {"window": 3, "strategy": "max_prob", "order": "top_last", "top_k": 5},
+    ):
+        check_exact(engine, prompts, memo=memo_of(name), max_new_tokens=10, **options)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_any_configuration(data: st.DataObject) -> None:
+    """The result depends on prompt, options, seed and sequence, and on nothing else."""
+    check_any_configuration(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_configuration_at_length(data: st.DataObject) -> None:
+    check_any_configuration(data)
+
+
+def check_any_configuration(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(PROPERTY_ARCHITECTURES), "architecture")
+    model = model_of(name)
+    engine = engine_of(
+        name, data.draw(st.integers(1, 4), "slots"), data.draw(st.sampled_from([1, 3, 64]), "chunk")
+    )
+    lengths = data.draw(st.lists(st.integers(1, 14), min_size=1, max_size=5), "lengths")
+    prompts = [random_prompt(model, length, seed=index) for index, length in enumerate(lengths)]
+    order = data.draw(st.permutations(range(len(prompts))), "order of arrival")
+    options = {
+        "window": data.draw(st.one_of(st.integers(1, 12), st.just("auto"), st.just(40)), "window"),
+        "top_k": data.draw(st.sampled_from([1, 2, 5, 40, 0, 1000]), "top_k"),
+        "top_p": data.draw(st.sampled_from([0.0, 0.5, 0.95, 1.0]), "top_p"),
+        "temperature": data.draw(st.sampled_from([1.0, 0.7, 1.5]), "temperature"),
+        "acceptance": data.draw(st.sampled_from(["greedy", "sample"]), "acceptance"),
+        "threshold": data.draw(st.sampled_from([0.5, 0.2, 0.9]), "threshold"),
+        "strategy": data.draw(st.sampled_from(STRATEGIES), "strategy"),
+        "fallback": data.draw(st.sampled_from(FALLBACKS), "fallback"),
+        "order": data.draw(st.sampled_from(ORDERS), "tried in order"),
+        "seed": data.draw(st.integers(0, 2**64 - 1), "seed"),
+        "min_new_tokens": data.draw(st.integers(0, 3), "min_new_tokens"),
+        "max_new_tokens": data.draw(st.integers(3, 8), "max_new_tokens"),
+        "eos_token_id": data.draw(st.sampled_from([(1,), tuple(range(3, 60))]), "eos"),
+        "ignore_eos": data.draw(st.booleans(), "ignore_eos"),
+    }
+    if options["top_k"] in (0, 1000) or options["top_p"] == 1.0:
+        # Sets of hundreds: the oracle asks about each with a forward of its own.
+        options["max_new_tokens"], options["min_new_tokens"] = 3, 0
+        prompts, order = prompts[:2], [i for i in order if i < 2]
+    check_exact(
+        engine,
+        [prompts[i] for i in order],
+        sequence_ids=[2**40 + i for i in order],
+        memo=memo_of(name),
+        **options,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHER_ARCHITECTURES)
+def test_other_architecture(name: str) -> None:
+    """Every other architecture is either exact or refused by name."""
+    try:
+        model = model_of(name)
+    except Exception as error:
+        pytest.skip(f"this transformers does not build it: {type(error).__name__}: {error}")
+    agent = random_agent(model.get_input_embeddings().weight.shape[1])
+    try:
+        engine = Engine(model, agent, max_batch_size=2, prefill_chunk=7)
+    except UnsupportedModelError as error:
+        assert type(model).__name__ in str(error)
+        return
+    prompts = [random_prompt(model, length, seed=length) for length in (16, 3, 9)]
+    for window in (1, 4):
+        check_exact(engine, prompts, memo=memo_of(name), max_new_tokens=10, window=window)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral", "gpt2"])
+def test_stock_attention_is_exact_too(name: str) -> None:
+    model = model_of(name)
+    agent = random_agent(model.get_input_embeddings().weight.shape[1])
+    engine = Engine(model, agent, max_batch_size=2, prefill_chunk=7, attention="stock")
+    assert engine.lm.attention == "stock"
+    prompts = [random_prompt(model, length, seed=length) for length in (16, 3, 9)]
+    check_exact(engine, prompts, memo=memo_of(name), max_new_tokens=10, window=3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "mistral"])
+def test_device_only_step_is_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step as it runs on a GPU: static shapes, nothing read on the host."""
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: False)
+    model = model_of(name)
+    engine = engine_of(name, 2, 7)
+    prompts = [random_prompt(model, length, seed=length) for length in (16, 3, 9)]
+    for options in (
+        {"window": 1, "fallback": "first"},
+        {"window": 5, "order": "reverse"},
+        {"window": 3, "strategy": "random", "acceptance": "sample"},
+    ):
+        check_exact(engine, prompts, memo=memo_of(name), max_new_tokens=10, **options)
+
+
+def test_ties_outgrow_the_candidate_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All logits equal: the whole vocabulary ties into the top 40, and is tried if need be."""
+    model = ARCHITECTURES["llama"]()
+    model.lm_head.weight.zero_()
+    agent = random_agent(48, accept_bias=-30.0)
+    for host_reads in (True, False):
+        monkeypatch.setattr("mara_fast.engine._host_reads", lambda device, on=host_reads: on)
+        engine = Engine(model, agent, max_batch_size=2)
+        for options in ({}, {"order": "reverse"}, {"top_p": 0.0}):
+            results = check_exact(
+                engine, [[5, 6, 7], [8], [9, 9]], max_new_tokens=2, window=16, **options
+            )
+        assert results[0].tokens[0].num_candidates == 1
+    results = engine.generate([[5, 6, 7]], max_new_tokens=1, window=16)
+    assert results[0].tokens[0].num_examined > 200
+    assert torch.equal(model.lm_head.weight, torch.zeros_like(model.lm_head.weight))
