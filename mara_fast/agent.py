@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pickle
 import tempfile
 from pathlib import Path
 from typing import Any, Self
@@ -14,12 +13,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mara_fast.card import model_card
+from mara_fast.card import is_hub_id, model_card
 from mara_fast.config import DecodingConfig
 from mara_kernels.score import AgentParameters, score
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_OFFICIAL_HINT = (
+    "An official actor.pth is read by MaraAgent.from_official, and turned into an agent folder by "
+    "`mara-fast convert`"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,10 @@ class AgentConfig:
             raise ValueError(
                 f"inner_size={self.inner_size} is not allowed; allowed: multiples of 4"
             )
+        for name in ("base_model", "description"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name}={value!r} is not allowed; allowed: a text or None")
         DecodingConfig.from_dict(self.decoding)
 
 
@@ -131,6 +140,8 @@ class MaraAgent(nn.Module):
         """Uploads what :meth:`save_pretrained` writes to the Hugging Face Hub; returns the URL."""
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
         with tempfile.TemporaryDirectory() as directory:
             self.save_pretrained(directory)
             commit = api.upload_folder(
@@ -156,21 +167,29 @@ class MaraAgent(nn.Module):
         """Loads an agent from a folder or a hub id.
 
         Raises:
-            FileNotFoundError: the folder lacks a file.
+            FileNotFoundError: no such folder or hub id, or it lacks a file.
             ValueError: broken files, missing or extra keys, wrong shapes, NaN or infinite weights.
         """
+        if dtype not in _DTYPES:
+            raise ValueError(
+                f"dtype={dtype!r} is not allowed; allowed: {', '.join(map(str, _DTYPES))}"
+            )
 
         def fetch(name: str) -> Path:
+            if Path(source).is_file():
+                raise ValueError(
+                    f"{os.fspath(source)} is a file, expected a folder or a hub id. "
+                    + _OFFICIAL_HINT
+                )
             if Path(source).is_dir():
                 path = Path(source) / name
                 if not path.is_file():
                     raise FileNotFoundError(
-                        f"{os.fspath(source)} is not an agent folder: it has no {name}. An "
-                        "official actor.pth is read by MaraAgent.from_official, and turned into "
-                        "such a folder by `mara-fast convert`"
+                        f"{os.fspath(source)} is not an agent folder: it has no {name}. "
+                        + _OFFICIAL_HINT
                     )
                 return path
-            if os.sep in os.fspath(source)[:2] or os.fspath(source).startswith("."):
+            if not is_hub_id(os.fspath(source)):
                 raise FileNotFoundError(f"no agent folder at {os.fspath(source)}")
             return Path(
                 hf_hub_download(
@@ -198,7 +217,7 @@ class MaraAgent(nn.Module):
             raise ValueError(f"{weights_path} is not a safetensors file: {error}") from error
         except ValueError as error:
             raise ValueError(f"{config_path}: {error}") from error
-        return cls._from_state(state, config, origin=str(weights_path)).to(device, dtype)
+        return cls._from_state(state, config, origin=str(weights_path), dtype=dtype).to(device)
 
     @classmethod
     def from_official(
@@ -222,7 +241,10 @@ class MaraAgent(nn.Module):
             raise FileNotFoundError(f"no file at {path}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        except OSError:
+            raise
+        # A broken pickle may raise anything.
+        except Exception as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable"
             raise ValueError(
                 f"{path} was refused: it is not a plain state dict of tensors, and files that hold "
@@ -242,10 +264,12 @@ class MaraAgent(nn.Module):
             decoding=decoding_options(decoding or DecodingConfig.official()),
             **described,
         )
-        return cls._from_state(state, config, origin=str(path)).float()
+        return cls._from_state(state, config, origin=str(path), dtype=torch.float32)
 
     @classmethod
-    def _from_state(cls, state: dict[str, Tensor], config: AgentConfig, *, origin: str) -> Self:
+    def _from_state(
+        cls, state: dict[str, Tensor], config: AgentConfig, *, origin: str, dtype: torch.dtype
+    ) -> Self:
         with torch.device("meta"):
             agent = cls(**{f.name: getattr(config, f.name) for f in dataclasses.fields(config)})
         expected = agent.state_dict()
@@ -262,8 +286,17 @@ class MaraAgent(nn.Module):
                     f"{origin}: {name} has shape {got}, expected {tuple(expected[name].shape)} "
                     f"for hidden_size={config.hidden_size}, inner_size={config.inner_size}"
                 )
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                raise ValueError(f"{origin}: {name} holds NaN, infinite or non-float values")
+            is_plain = tensor.layout == torch.strided and not tensor.is_meta
+            if not is_plain or tensor.dtype not in _DTYPES:
+                raise ValueError(
+                    f"{origin}: {name} is a {tensor.dtype} tensor ({tensor.layout}, "
+                    f"{tensor.device}), expected a dense one of {', '.join(map(str, _DTYPES))}"
+                )
+            if not tensor.to(dtype).isfinite().all():
+                raise ValueError(f"{origin}: {name} holds NaN or infinite values as {dtype}")
+        # Copies: tensors of a checkpoint may be views of one storage, which cannot be saved again.
+        layout = torch.contiguous_format
+        state = {k: v.to(dtype, copy=True, memory_format=layout) for k, v in state.items()}
         agent.load_state_dict(state, assign=True)
         return agent.requires_grad_(False).eval()
 

@@ -68,6 +68,8 @@ def stream(
 def _engine(model: Any, agent: Any, tokenizer: Any, engine: Engine | None) -> Engine:
     if engine is None:
         return Engine(model, agent, tokenizer)
+    if not isinstance(engine, Engine):
+        raise ValueError(f"engine must be an Engine, got {type(engine).__name__}")
     if (model, agent, tokenizer) != (TINY, None, None):
         raise ValueError("engine= has its model, agent and tokenizer: do not pass them as well")
     return engine

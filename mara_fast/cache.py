@@ -64,6 +64,9 @@ class SlotLayer(CacheLayerMixin):
         """Rows of a slot."""
         return self.num_rows
 
+    # Its name in earlier versions of transformers (5.10).
+    get_max_cache_shape = get_max_length
+
 
 class SlotCache(Cache):
     """Static slots, each with its own length; a forward works on a range of them.

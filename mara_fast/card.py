@@ -2,6 +2,9 @@
 
 from typing import TYPE_CHECKING
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
 if TYPE_CHECKING:
     from mara_fast.agent import AgentConfig
 
@@ -45,7 +48,7 @@ def model_card(config: "AgentConfig") -> str:
     num_parameters = 2 * hidden + (hidden + 1) * inner + (inner + 1) * quarter + (quarter + 1) * 2
     decoding = ", ".join(f"`{name}={value!r}`" for name, value in config.decoding.items())
     return _CARD.format(
-        base_model_entry=f"base_model: {config.base_model}\n" if config.base_model else "",
+        base_model_entry=_base_model_entry(config.base_model),
         description=config.description or "An agent that aligns a frozen language model.",
         base_model=config.base_model or "not recorded",
         example_model=config.base_model or "path/or/hub-id-of-its-base-model",
@@ -55,3 +58,17 @@ def model_card(config: "AgentConfig") -> str:
         num_parameters=num_parameters,
         decoding=decoding or "the package's defaults",
     )
+
+
+def is_hub_id(name: str) -> bool:
+    """Has the form of a name on the Hugging Face Hub, unlike most paths."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _base_model_entry(base_model: str | None) -> str:
+    """The line of the front matter; the Hub refuses a card with a path in it."""
+    return f"base_model: {base_model}\n" if base_model and is_hub_id(base_model) else ""

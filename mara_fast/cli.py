@@ -1,6 +1,5 @@
 """The command ``mara-fast``."""
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from mara_fast.config import DecodingConfig
     from mara_fast.engine import Engine
+    from mara_fast.jsonl import PromptRecord
 
 app = typer.Typer(
     name="mara-fast",
@@ -101,7 +101,7 @@ def generate(
         typer.Option(
             "--config",
             "-c",
-            help="YAML with the options below by name; flags win.",
+            help="YAML with the options below by name (top_k: 20); flags win.",
             rich_help_panel=_DECODING,
         ),
     ] = None,
@@ -184,7 +184,7 @@ def generate(
         "strategy": strategy,
         "fallback": fallback,
         "order": order,
-        "window": int(window) if window is not None and window.isdigit() else window,
+        "window": int(window) if window is not None and window.isdecimal() else window,
         "seed": seed,
         "stop_strings": stop or None,
         "ignore_eos": ignore_eos,
@@ -194,6 +194,10 @@ def generate(
     with _clear_errors():
         if output_path is not None and input_path is None:
             raise ValueError("--output needs --input; a single answer goes to standard output")
+        if overwrite and output_path is None:
+            raise ValueError("--overwrite needs --output")
+        if trace and input_path is None and not as_json:
+            raise ValueError("--trace needs --json or --input")
         if input_path is not None and prompt is not None:
             raise ValueError("give a prompt or --input, not both")
         if no_agent and agent is not None:
@@ -206,12 +210,23 @@ def generate(
             from mara_fast.jsonl import read_prompts
 
             records = read_prompts(input_path)
+            if output_path is not None and _same_file(input_path, output_path):
+                raise ValueError(f"--input and --output are the same file: {input_path}")
         engine = _engine(
             model, False if no_agent else agent, max_batch_size, dtype=dtype, device=device
         )
         config = _config(engine, preset, given)
         if input_path is not None:
-            settings = {"model": model, "agent": _agent_name(engine, agent)} | config.to_dict()
+            if output_path is None:
+                _generate_lines(engine, config, records, stats=stats)
+                return
+            settings = {
+                "model": model,
+                "agent": _agent_name(engine, agent),
+                "dtype": str(engine.lm.model.dtype),
+            }
+            settings |= config.to_dict()
+            # Not a token depends on it.
             del settings["window"]
             _generate_file(engine, config, records, output_path, settings, overwrite=overwrite)
             return
@@ -285,13 +300,16 @@ def _clear_errors() -> Iterator[None]:
     """What a user got wrong is a line and exit status 2, not a traceback."""
     try:
         yield
+    except BrokenPipeError:
+        # Whoever read our output has seen enough: nothing to report.
+        raise
     except (ValueError, OSError, RuntimeError) as error:
         typer.secho(f"mara-fast: {error}", fg="red", err=True)
         raise typer.Exit(2) from error
 
 
 def _stdin_prompt() -> str:
-    if sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty():
         raise ValueError("no prompt: give one as an argument, by standard input, or --input FILE")
     text = sys.stdin.read().strip("\r\n")
     if not text:
@@ -306,11 +324,17 @@ def _yaml(path: Path | None) -> dict[str, Any]:
 
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold option: value lines")
-    return values
+    # As the flags are written.
+    names = {name: str(name).replace("-", "_") for name in values}
+    return {"stop_strings" if names[k] == "stop" else names[k]: v for k, v in values.items()}
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _check_options(preset: Preset | None, given: dict[str, Any]) -> None:
@@ -349,6 +373,8 @@ def _answer(
     engine: "Engine", config: "DecodingConfig", prompt: Any, *, as_json: bool, stats: bool
 ) -> None:
     """One prompt to standard output, as it is decided."""
+    from mara_fast.jsonl import json_line
+
     generation = None
     for event in engine.stream(prompt, config):
         generation = event.generation
@@ -356,7 +382,7 @@ def _answer(
             typer.echo(event.text, nl=False)
     assert generation is not None
     if as_json:
-        typer.echo(json.dumps(generation.to_dict(), ensure_ascii=False))
+        typer.echo(json_line(generation.to_dict()))
     else:
         typer.echo()
     if stats:
@@ -365,41 +391,55 @@ def _answer(
         raise ValueError(generation.error)
 
 
+def _generate_lines(
+    engine: "Engine", config: "DecodingConfig", records: "list[PromptRecord]", *, stats: bool
+) -> None:
+    """Results to standard output, in order of completion."""
+    from mara_fast.jsonl import json_line
+    from mara_fast.outputs import DecodingStats
+
+    total, failed = DecodingStats(), 0
+    for index, generation in engine.as_completed([r.prompt for r in records], config):
+        typer.echo(json_line({"id": records[index].id} | generation.to_dict()))
+        total += generation.stats
+        failed += generation.error is not None
+    if stats:
+        typer.echo(_summary(total), err=True)
+    if failed:
+        raise ValueError(f"{failed} prompts ended in an error")
+
+
 def _generate_file(
     engine: "Engine",
     config: "DecodingConfig",
-    records: list[Any],
-    output_path: Path | None,
+    records: "list[PromptRecord]",
+    output_path: Path,
     settings: dict[str, Any],
     *,
     overwrite: bool,
 ) -> None:
-    """Records to the output file, or to standard output in order of completion."""
+    """Records to the output file."""
     from tqdm import tqdm
 
     from mara_fast.jsonl import ResultFile
     from mara_fast.outputs import DecodingStats
 
-    if output_path is None:
-        for index, generation in engine.as_completed([r.prompt for r in records], config):
-            line = {"id": records[index].id} | generation.to_dict()
-            typer.echo(json.dumps(line, ensure_ascii=False))
-        return
-    with ResultFile(output_path, settings=settings, overwrite=overwrite) as results:
-        unknown = results.done - {record.id for record in records}
-        if unknown:
-            raise ValueError(
-                f"{output_path} holds id {sorted(map(str, unknown))[0]!r}, which is not in the "
-                "input; name another output, or overwrite this one"
-            )
+    with ResultFile(
+        output_path, records=records, settings=settings, overwrite=overwrite
+    ) as results:
         todo = [record for record in records if record.id not in results.done]
         total, failed = DecodingStats(), 0
         with tqdm(total=len(records), initial=len(records) - len(todo), unit="prompt") as bar:
-            run = engine.as_completed(
-                [record.prompt for record in todo],
-                config,
-                sequence_ids=[record.sequence for record in todo],
-            )
+            try:
+                run = engine.as_completed(
+                    [record.prompt for record in todo],
+                    config,
+                    sequence_ids=[record.sequence for record in todo],
+                )
+            except ValueError as error:
+                if results.done:
+                    raise ValueError(f"of the {len(todo)} prompts left, {error}") from error
+                raise
             try:
                 for index, generation in run:
                     results.write(todo[index].id, generation)

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
@@ -21,6 +22,16 @@ from mara_kernels.cascade import (
 
 PromptFormat = Literal["auto", "chat", "raw", "official"]
 PROMPT_FORMATS: tuple[str, ...] = get_args(PromptFormat)
+_NUMBERS = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "top_k",
+    "top_p",
+    "temperature",
+    "threshold",
+    "window",
+    "seed",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +43,9 @@ class DecodingConfig:
         min_new_tokens: EOS has no probability before this many tokens.
         top_k: tokens kept by probability, ties included; 0 keeps all. Paper: 40.
         top_p: mass kept of the renormalised top-k, in [0, 1]. Paper: 0.95.
-        temperature: divides the logits before truncation, > 0. With a greedy agent it moves only
-            which tokens top-p keeps. The authors divide by 0.8 after it, which changes no token.
+        temperature: divides the logits before truncation, in [1e-6, 1e6]. With a greedy agent it
+            moves only which tokens top-p keeps. The authors divide by 0.8 after it, which changes
+            no token.
         acceptance: ``"greedy"`` accepts iff the accept probability exceeds ``threshold``;
             ``"sample"`` draws. Without an agent ``"sample"`` samples from the candidate set and
             ``"greedy"`` takes the most probable token.
@@ -45,7 +57,8 @@ class DecodingConfig:
         order: ``"descending"`` probability, ``"reverse"``, or ``"top_last"`` (rank 1, 2, ..., 0).
         window: candidates scored in one forward, or ``"auto"``. Never changes a token.
         seed: of every draw, 0 <= seed < 2**64. A draw is keyed by (seed, sequence, position, rank).
-        eos_token_id: ids that end a sequence; None: those of the model's generation config.
+        eos_token_id: ids that end a sequence; None: those of the model's generation config; an
+            empty list: none.
         stop_strings: texts that end a sequence; the text is cut before the first of them.
         ignore_eos: go on after EOS.
         prompt_format: how text becomes ids. ``"chat"``: chat template, one BOS. ``"raw"``: the text
@@ -115,6 +128,8 @@ class DecodingConfig:
         )
 
     def __post_init__(self) -> None:
+        for name in _NUMBERS:
+            object.__setattr__(self, name, _plain(getattr(self, name)))
         for name in ("max_new_tokens", "min_new_tokens", "top_k"):
             _check(name, getattr(self, name), _is_int, "an integer >= 0", minimum=0)
         if self.min_new_tokens > self.max_new_tokens:
@@ -122,7 +137,15 @@ class DecodingConfig:
                 f"min_new_tokens={self.min_new_tokens} exceeds max_new_tokens={self.max_new_tokens}"
             )
         _check("top_p", self.top_p, _is_number, "a number in [0, 1]", minimum=0, maximum=1)
-        _check("temperature", self.temperature, _is_number, "a finite number > 0", above=0)
+        # Beyond these, scaled logits leave the range of float32.
+        _check(
+            "temperature",
+            self.temperature,
+            _is_number,
+            "a number in [1e-6, 1e6]",
+            minimum=1e-6,
+            maximum=1e6,
+        )
         _check("threshold", self.threshold, _is_number, "a number in (0, 1)", above=0, below=1)
         _check("seed", self.seed, _is_int, "an integer in [0, 2**64)", minimum=0, below=2**64)
         if self.window != "auto":
@@ -134,33 +157,35 @@ class DecodingConfig:
             ("order", ORDERS),
             ("prompt_format", PROMPT_FORMATS),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is not known; allowed: {', '.join(allowed)}"
-                )
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in allowed:
+                raise ValueError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
         for name in ("ignore_eos", "trace"):
             _check(name, getattr(self, name), lambda value: isinstance(value, bool), "a bool")
 
-        stop_strings = self.stop_strings
-        if isinstance(stop_strings, str):
-            stop_strings = (stop_strings,)
-        if not all(isinstance(text, str) and text for text in _tuple("stop_strings", stop_strings)):
-            raise ValueError(f"stop_strings={self.stop_strings!r}: allowed are non-empty strings")
-        object.__setattr__(self, "stop_strings", tuple(stop_strings))
+        stop_strings = _several(self.stop_strings, str)
+        if not all(isinstance(text, str) and text for text in stop_strings):
+            raise ValueError(
+                f"stop_strings={self.stop_strings!r} is not allowed; allowed: non-empty texts"
+            )
+        object.__setattr__(self, "stop_strings", stop_strings)
         if self.eos_token_id is not None:
-            eos = self.eos_token_id
-            ids = (eos,) if _is_int(eos) else _tuple("eos_token_id", eos)
-            if not all(_is_int(token_id) and token_id >= 0 for token_id in ids):
-                raise ValueError(f"eos_token_id={eos!r}: allowed are integers >= 0")
+            ids = tuple(map(_plain, _several(self.eos_token_id, numbers.Integral)))
+            if not all(_is_int(token_id) and 0 <= token_id < 2**63 for token_id in ids):
+                raise ValueError(
+                    f"eos_token_id={self.eos_token_id!r} is not allowed; allowed: integers >= 0"
+                )
             object.__setattr__(self, "eos_token_id", ids)
 
 
 def known_options(record: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, if all are fields of the dataclass; else a ValueError naming the closest."""
     names = [field.name for field in dataclasses.fields(record)]
+    if not isinstance(options, Mapping):
+        raise ValueError(f"options must be a mapping of names to values, got {options!r}")
     for name in options:
         if name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
+            close = difflib.get_close_matches(str(name), names, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"unknown option {name!r}{hint} Allowed: {', '.join(names)}")
     return dict(options)
@@ -171,12 +196,20 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _tuple(name: str, value: object) -> tuple:
-    if not isinstance(value, Iterable):
-        raise ValueError(f"{name}={value!r}: allowed is one value or a list of them")
+def _plain(value: Any) -> Any:
+    """numpy's numbers as Python's, which JSON knows; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def _several(value: Any, one: type) -> tuple:
+    """One value or several as a tuple; what is neither as a tuple of itself, to be refused."""
+    if isinstance(value, one | str | bytes | Mapping) or not isinstance(value, Iterable):
+        return (value,)
     return tuple(value)
 
 

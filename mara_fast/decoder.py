@@ -281,7 +281,7 @@ class Decoder:
         """
         waiting = self.state.size > self.state.candidate_ids.shape[1]
         if waiting.any():
-            self._make_room(int(self.state.size.max()))
+            self._make_room()
             self._truncate(slice(None), self.state, waiting)
 
     def _propose(
@@ -351,8 +351,8 @@ class Decoder:
             at_eos = logits[:, self.eos_ids]
             logits[:, self.eos_ids] = at_eos.masked_fill(early[:, None], -torch.inf)
         new = self._candidates(logits)
-        if self.host_reads and self.agent is not None and new.size.max() > new.ids.shape[1]:
-            self._make_room(int(new.size.max()))
+        while self.host_reads and new.size.max() > new.ids.shape[1]:
+            self._make_room()
             state = self.state.narrowed(slots)
             new = self._candidates(logits)
         if self.agent is None and not self.is_plain_greedy:
@@ -384,9 +384,11 @@ class Decoder:
             capacity=self.columns,
         )
 
-    def _make_room(self, needed: int) -> None:
+    def _make_room(self) -> None:
         """Widens the candidate buffers."""
-        self.columns = min(self.lm.vocab_size, 1 << (needed - 1).bit_length())
+        self.columns = min(self.lm.vocab_size, 4 * self.columns)
+        if self.agent is None:
+            return
         state = self.state
         names = ["candidate_ids", "candidate_logprobs"]
         if state.trace_ids.shape[1]:

@@ -2,18 +2,20 @@
 
 A result is written as soon as it is done, one line each, in order of completion. A run that was
 stopped anywhere goes on where it was: ids already in the output are not decoded again, a line cut
-off by the stop is dropped, and other settings than those of the first run are refused.
+off by the stop is dropped, and other settings or prompts than those of the first run are refused.
 """
 
 import fcntl
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from mara_fast.outputs import Generation
+from mara_fast.prompts import is_chat, is_token_ids
 
 PROMPT_KEYS = ("prompt", "messages", "instruction")
 
@@ -33,16 +35,16 @@ def read_prompts(path: Path) -> list[PromptRecord]:
     """The prompts of a JSONL file, or of a JSON file with a list.
 
     A record is an object with one of the keys ``prompt``, ``messages`` or ``instruction`` and
-    optionally an ``id``.
+    optionally an ``id``. The prompt is a text, a chat or token ids.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: naming the line, for what is not such a record, or an id given twice.
     """
-    if not path.is_file():
+    if path.is_dir() or not path.exists():
         raise FileNotFoundError(f"no file at {path}")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     records: list[PromptRecord] = []
@@ -56,6 +58,12 @@ def read_prompts(path: Path) -> list[PromptRecord]:
                 f"{where} has {' and '.join(keys) or 'no prompt'}; "
                 f"expected one of the keys {', '.join(PROMPT_KEYS)}"
             )
+        prompt = value[keys[0]]
+        if not (isinstance(prompt, str) or is_chat(prompt) or is_token_ids(prompt)):
+            raise ValueError(
+                f"{where}: {keys[0]} must be a text, a chat (list of objects with role and "
+                f"content) or a list of token ids, got {json.dumps(prompt)[:60]}"
+            )
         record_id = value.get("id", len(records))
         if not isinstance(record_id, str | int) or isinstance(record_id, bool):
             raise ValueError(f"{where}: id must be a text or an integer, got {record_id!r}")
@@ -64,7 +72,7 @@ def read_prompts(path: Path) -> list[PromptRecord]:
                 f"{where}: id {record_id!r} was given before, {lines_of_ids[record_id]}"
             )
         lines_of_ids[record_id] = where
-        records.append(PromptRecord(record_id, value[keys[0]], len(records)))
+        records.append(PromptRecord(record_id, prompt, len(records)))
     return records
 
 
@@ -73,7 +81,7 @@ def _values(path: Path, text: str) -> list[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise ValueError(f"{path} is not valid JSON: {error}") from error
         return [(f"{path}, record {index}", value) for index, value in enumerate(values)]
     found = []
@@ -82,9 +90,14 @@ def _values(path: Path, text: str) -> list[tuple[str, Any]]:
             where = f"{path}, line {number}"
             try:
                 found.append((where, json.loads(line)))
-            except json.JSONDecodeError as error:
+            except ValueError as error:
                 raise ValueError(f"{where} is not valid JSON: {error}") from error
     return found
+
+
+def json_line(record: Mapping[str, Any]) -> str:
+    """A record as JSON on one line: readable, and Unicode even where a text is not."""
+    return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
 class ResultFile:
@@ -92,18 +105,28 @@ class ResultFile:
 
     Args:
         path: of the file; its settings are kept beside it in ``<path>.settings.json``.
+        records: the prompts whose results it holds.
         settings: what the results depend on; a resumed run must have the same.
         overwrite: start anew.
 
     Raises:
-        ValueError: the file is another run's: other settings, or not JSONL of results.
+        ValueError: the file is another run's (other prompts, other settings), or not JSONL of
+            results.
         RuntimeError: another process is writing it.
     """
 
-    def __init__(self, path: Path, *, settings: Mapping[str, Any], overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        records: Sequence[PromptRecord],
+        settings: Mapping[str, Any],
+        overwrite: bool = False,
+    ) -> None:
         self.path = path
         self.settings_path = path.with_name(path.name + ".settings.json")
         self.done: set[str | int] = set()
+        self._prompts = {record.id: record.prompt for record in records}
         self._settings = json.loads(json.dumps(settings))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab+")
@@ -130,7 +153,7 @@ class ResultFile:
 
     def write(self, record_id: str | int, generation: Generation) -> None:
         """Appends a result; after the call it is in the file."""
-        line = json.dumps({"id": record_id} | generation.to_dict(), ensure_ascii=False)
+        line = json_line({"id": record_id} | generation.to_dict())
         # One write of a whole line: a stop leaves at most the last one incomplete.
         self._file.write((line + "\n").encode())
         self._file.flush()
@@ -149,27 +172,39 @@ class ResultFile:
             if not line.endswith(b"\n"):
                 break
             try:
-                self.done.add(json.loads(line)["id"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{self.path}, line {number} is not a result of this command; "
-                    "name another output, or overwrite this one"
-                ) from error
+                result = json.loads(line)
+                record_id, prompt = result["id"], result["prompt"]
+                is_result, is_ours = "finish_reason" in result, record_id in self._prompts
+            except (ValueError, KeyError, TypeError):
+                is_result = False
+            if not is_result:
+                self._refuse(f"line {number} is not a result of this command")
+            if not is_ours:
+                self._refuse(f"line {number} has id {record_id!r}, which is not in the input")
+            if prompt != self._prompts[record_id]:
+                self._refuse(f"line {number} has id {record_id!r} with another prompt")
+            self.done.add(record_id)
             end += len(line)
         self._file.truncate(end)
 
     def _check_settings(self) -> None:
         if self.done and self.settings_path.is_file():
-            before = json.loads(self.settings_path.read_text(encoding="utf-8"))
+            try:
+                before = dict(json.loads(self.settings_path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self.settings_path} is not valid: {error}") from error
             changed = [
                 f"{name} was {before.get(name)!r}, is {self._settings.get(name)!r}"
                 for name in sorted(before.keys() | self._settings.keys())
                 if before.get(name) != self._settings.get(name)
             ]
             if changed:
-                raise ValueError(
-                    f"{self.path} holds results of other settings ({'; '.join(changed)}); "
-                    "name another output, or overwrite this one"
-                )
-        text = json.dumps(self._settings, indent=2, ensure_ascii=False)
-        self.settings_path.write_text(text + "\n", encoding="utf-8")
+                self._refuse(f"it holds results of other settings ({'; '.join(changed)})")
+        text = json.dumps(self._settings, indent=2) + "\n"
+        # In one go: a stop leaves the old file or the new one.
+        beside = self.settings_path.with_name(self.settings_path.name + ".new")
+        beside.write_text(text, encoding="utf-8")
+        os.replace(beside, self.settings_path)
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise ValueError(f"{self.path}: {reason}; name another output, or overwrite this one")

@@ -1,6 +1,7 @@
 """Models, tokenizers and agents from what a user names."""
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -36,6 +37,12 @@ def load_model(
     from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
+        for name, value in (("dtype", dtype), ("device", device)):
+            if not isinstance(value, str) or value != "auto":
+                warnings.warn(
+                    f"{name}={value!r} has no effect: the model is loaded already; use model.to()",
+                    stacklevel=3,
+                )
         return model, _tokenizer_of(model.config._name_or_path)
     if not isinstance(model, str | os.PathLike):
         raise ValueError(
@@ -106,10 +113,10 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f'device={device!r} is not known; allowed: "auto", "cpu", "cuda"') from (
-            error
-        )
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f'device={device!r} is not known; allowed: "auto", "cpu", "cuda", "cuda:1", ...'
+        ) from error
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={device!r}, but torch sees no CUDA device")
     return place

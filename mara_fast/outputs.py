@@ -80,6 +80,8 @@ class DecodingStats:
 
     def __add__(self, other: "DecodingStats") -> "DecodingStats":
         """Sums, histograms merged; ``seconds`` add up although sequences may run side by side."""
+        if not isinstance(other, DecodingStats):
+            return NotImplemented
         summed: dict[str, Any] = {}
         for item in dataclasses.fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)

@@ -1,5 +1,6 @@
 """Prompts of every accepted form to token ids."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,18 +26,18 @@ def encode_prompts(
 
     Raises:
         ValueError: naming the prompt, for a form that is not known, an empty prompt, ids outside
-            the vocabulary, or text without a tokenizer.
+            the vocabulary, text without a tokenizer, or a chat its template refuses.
     """
-    if isinstance(prompts, str) or _is_chat(prompts):
+    if isinstance(prompts, str) or is_chat(prompts):
         prompts = [prompts]
     if isinstance(prompts, Mapping) or not isinstance(prompts, Sequence):
         raise ValueError(f"prompts must be {_FORMS}; got {type(prompts).__name__}")
     encoded = []
     for index, prompt in enumerate(prompts):
-        if isinstance(prompt, str) or _is_chat(prompt):
+        if isinstance(prompt, str) or is_chat(prompt):
             ids = _encode(prompt, tokenizer, prompt_format, index)
-        elif isinstance(prompt, Sequence) and all(_is_token_id(token) for token in prompt):
-            ids = [int(token) for token in prompt]
+        elif is_token_ids(prompt):
+            ids = list(map(operator.index, prompt))
         else:
             raise ValueError(f"prompt {index} is {_shown(prompt)}; prompts must be {_FORMS}")
         if not ids:
@@ -48,6 +49,25 @@ def encode_prompts(
             )
         encoded.append((prompt, ids))
     return encoded
+
+
+def is_chat(prompt: Any) -> bool:
+    """A list of messages."""
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str | bytes)
+        and len(prompt) > 0
+        and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in prompt)
+    )
+
+
+def is_token_ids(prompt: Any) -> bool:
+    """A list of integers, in range or not."""
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str | bytes | bytearray)
+        and all(_is_int(token) for token in prompt)
+    )
 
 
 def _encode(
@@ -67,29 +87,43 @@ def _encode(
     if prompt_format == "raw":
         if not is_text:
             raise ValueError(f'prompt {index} is a chat; prompt_format="raw" takes texts only')
-        return list(tokenizer(prompt)["input_ids"])
-    if not has_template:
+        text = prompt
+    elif has_template:
+        chat = [{"role": "user", "content": prompt}] if is_text else list(prompt)
+        text = _templated(chat, tokenizer, index)
+    else:
         raise ValueError(
             f'prompt_format="{prompt_format}" needs a chat template, and this tokenizer has none: '
             'give texts with prompt_format="raw", or set tokenizer.chat_template'
         )
-    chat = [{"role": "user", "content": prompt}] if is_text else list(prompt)
-    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"prompt {index} holds half a surrogate pair: {error}") from error
     # The template writes the special tokens itself; the authors' code has them added once more.
-    return list(tokenizer(text, add_special_tokens=prompt_format == "official")["input_ids"])
+    return list(tokenizer(text, add_special_tokens=prompt_format != "chat")["input_ids"])
 
 
-def _is_chat(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, str)
-        and len(prompt) > 0
-        and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in prompt)
-    )
+def _templated(chat: list[Any], tokenizer: "PreTrainedTokenizerBase", index: int) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    # What a template does about a role or content that it does not expect.
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"prompt {index}: the chat template refuses it: {error}") from error
+    return str(text)
 
 
-def _is_token_id(value: Any) -> bool:
-    return hasattr(value, "__index__") and not isinstance(value, bool)
+def _is_int(value: Any) -> bool:
+    """numpy's and torch's integers too."""
+    if isinstance(value, bool):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _shown(prompt: Any) -> str:

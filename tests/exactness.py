@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from oracle import OracleRun, sequential_cascade
 
 from mara_fast import Engine, Generation, MaraAgent
 from mara_fast.engine import auto_window
+from oracle import OracleRun, sequential_cascade
 
 # Rounding moves states by about 1e-6; a decision closer to a flip than this may go either way.
 RISKY = 2e-5

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, OTHER_ARCHITECTURES, random_prompt
-from exactness import check_exact, random_agent
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from architectures import ARCHITECTURES, OTHER_ARCHITECTURES, random_prompt
+from exactness import check_exact, random_agent
 from mara_fast import Engine
 from mara_fast.language_model import UnsupportedModelError
 from mara_kernels.cascade import FALLBACKS, ORDERS, STRATEGIES
@@ -121,7 +121,13 @@ def test_other_architecture(name: str) -> None:
     except UnsupportedModelError as error:
         assert type(model).__name__ in str(error)
         return
-    prompts = [random_prompt(model, length, seed=length) for length in (16, 3, 9)]
+    lengths = (16, 3, 9)
+    if name == "phi3_longrope":
+        # Past its original context the rows of a batch depend on each other: a hard limit.
+        with pytest.raises(ValueError, match="limit is 20"):
+            engine.generate([random_prompt(model, 16)], max_new_tokens=10)
+        lengths = (10, 3, 9)
+    prompts = [random_prompt(model, length, seed=length) for length in lengths]
     for window in (1, 4):
         check_exact(engine, prompts, memo=memo_of(name), max_new_tokens=10, window=window)
 

@@ -25,8 +25,15 @@ def make_agent(name: str, variant: str = "mid", sign: float = 1.0) -> MaraAgent:
 
 
 @pytest.mark.parametrize("name", golden.model_names())
-@pytest.mark.parametrize("window", [1, 3, "auto"])
-def test_every_recorded_run(name: str, window: int | str) -> None:
+@pytest.mark.parametrize(
+    ("window", "max_batch_size"),
+    [
+        (1, 36),
+        pytest.param(3, 5, marks=pytest.mark.slow),
+        pytest.param("auto", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_every_recorded_run(name: str, window: int | str, max_batch_size: int) -> None:
     """Ids, set sizes, verdicts and choices of all runs, batched by configuration."""
     groups = defaultdict(list)
     for run in golden.runs(name):
@@ -46,7 +53,7 @@ def test_every_recorded_run(name: str, window: int | str) -> None:
                 compared += 1
             continue
         agent = make_agent(name, first["actor"], golden.accept_sign(first))
-        engine = Engine(model, agent, max_batch_size=5)
+        engine = Engine(model, agent, max_batch_size=max_batch_size)
         options = golden.decoding_options(first)
         results = engine.generate(prompts, window=window, eos_token_id=eos, **options)
         for run, result in zip(runs, results, strict=True):

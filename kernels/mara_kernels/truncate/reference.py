@@ -23,8 +23,8 @@ class CandidateSet(NamedTuple):
     logprobs: Tensor
     """float32 [B, C], natural log of the full-vocabulary softmax."""
     size: Tensor
-    """int64 [B]. 0: the row has no distribution (NaN, +inf or nothing finite). More than C: that
-    many tokens tie into the top-k, the columns are not valid, call again with that capacity."""
+    """int64 [B]. 0: the row has no distribution (NaN, +inf or nothing finite). C + 1: more tokens
+    may tie into the top-k than there are columns; call again with a larger capacity."""
 
 
 def truncate(
@@ -55,27 +55,52 @@ def truncate(
         raise ValueError(f"capacity={capacity} is too small for top_k={k}: give capacity >= top_k")
 
     logprob_BV = torch.log_softmax(logits.float() / temperature, dim=-1)
-    top_BC, id_BC = logprob_BV.topk(capacity, dim=-1)
+    top_BC, id_BC = _largest(logprob_BV, capacity)
     kth_B1 = top_BC[:, k - 1 : k]
-    num_top_k_B = (logprob_BV >= kth_B1).sum(-1)
+    # The last column ties with the k-th: further ties may have found no column.
+    overflows_B = (top_BC[:, -1:] >= kth_B1)[:, 0] if capacity < vocab_size else None
 
     # topk leaves ties in no order: sort by id, then stably by value.
     id_BC, by_id = id_BC.sort(dim=-1)
     top_BC, by_value = top_BC.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
     id_BC = id_BC.gather(-1, by_value)
 
-    kept_BC = top_BC >= kth_B1
     # Summed from the tail, as the warper does, so that the cut falls on the same token.
-    prob_BC = torch.softmax(top_BC.masked_fill(~kept_BC, -torch.inf), dim=-1)
+    prob_BC = torch.softmax(top_BC.masked_fill(top_BC < kth_B1, -torch.inf), dim=-1)
     tail_mass_BC = prob_BC.flip(-1).cumsum(-1).flip(-1)
-    size_B = (tail_mass_BC > 1 - top_p).sum(-1).clamp(min=1)
-
-    valid_B = top_BC[:, 0].isfinite()
-    size_B = torch.where(num_top_k_B > capacity, num_top_k_B, size_B) * valid_B
+    size_B = (tail_mass_BC > 1 - top_p).sum(-1).clamp_(min=1)
+    if overflows_B is not None:
+        size_B.masked_fill_(overflows_B, capacity + 1)
+    size_B *= top_BC[:, 0].isfinite()
     column = torch.arange(capacity, device=logits.device)
     outside_BC = column >= size_B[:, None]
     return CandidateSet(
-        ids=id_BC.masked_fill(outside_BC, 0),
-        logprobs=top_BC.masked_fill(outside_BC, -torch.inf),
+        ids=id_BC.masked_fill_(outside_BC, 0),
+        logprobs=top_BC.masked_fill_(outside_BC, -torch.inf),
         size=size_B,
     )
+
+
+_GROUP = 32
+"""Tokens that compete for a place in the second round."""
+
+
+def _largest(values: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The ``num`` largest values of each row and where they are, in two rounds.
+
+    Everything above the num-th largest group maximum lies in the num groups with the largest
+    maxima, so only those have to be searched. Among equals any may be returned.
+    """
+    num_rows, width = values.shape
+    num_groups = width // _GROUP
+    if num_groups <= 2 * num:
+        return values.topk(num, dim=-1)
+    grouped = values[:, : num_groups * _GROUP].view(num_rows, num_groups, _GROUP)
+    _, group = grouped.amax(-1).topk(num, dim=-1)
+    place = torch.arange(_GROUP, device=values.device)
+    index = (group[..., None] * _GROUP + place).view(num_rows, -1)
+    # The tail that fills no group goes on to the second round as it is.
+    tail = torch.arange(num_groups * _GROUP, width, device=values.device)
+    index = torch.cat((index, tail.expand(num_rows, -1)), dim=-1)
+    largest, chosen = values.gather(-1, index).topk(num, dim=-1)
+    return largest, index.gather(-1, chosen)

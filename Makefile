@@ -1,0 +1,136 @@
+# Every target makes the virtual environment it needs; nothing is reinstalled when nothing changed.
+#
+#   make test PYTHON=python3.12   another Python
+#   make test VENV=/tmp/mara      another virtual environment (an existing one keeps its torch)
+#   make test WORKERS=2           pytest in two processes
+#   make gpu INSTALL=no           no virtual environment and no network: what PYTHON has must do
+
+PYTHON ?= python3
+VENV ?= .venv
+INSTALL ?= yes
+# Processes of pytest; each imports torch and transformers anew, so two pay only for long suites.
+WORKERS ?= 0
+
+SOURCES := pyproject.toml setup.py requirements/cpu.txt
+PYTEST = $(RUN) -m pytest -q --durations=5
+
+ifeq ($(INSTALL),no)
+RUN := $(PYTHON)
+CLI := PYTHONPATH=.:kernels:train $(PYTHON) -c 'from mara_fast.cli import main; main()'
+USE :=
+DEV :=
+else
+RUN := $(VENV)/bin/python
+CLI := $(VENV)/bin/mara-fast
+USE := $(VENV)/.installed
+DEV := $(VENV)/.installed-dev
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit slow gpu gpu-tests bench format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(USE) ## install into .venv and watch the embedded model decode
+	@$(CLI) demo
+
+test: lint types unit ## ruff, mypy and every test that is neither slow nor for a GPU
+
+lint: $(DEV)
+	@echo "== ruff"
+	@$(RUN) -m ruff check --quiet .
+	@$(RUN) -m ruff format --check --quiet .
+
+types: $(DEV)
+	@echo "== mypy"
+	@$(RUN) -m mypy
+
+unit: $(DEV)
+	@echo "== pytest"
+	@$(PYTEST) --benchmark-disable -n $(WORKERS)
+
+slow: $(DEV) ## the tests marked slow
+	@$(PYTEST) -m slow || test $$? -eq 5  # pytest's 5: there is no such test
+
+gpu: ## on a machine with a GPU: every test marked gpu, the kernels' too
+	@if nvidia-smi -L >/dev/null 2>&1 || rocminfo >/dev/null 2>&1; then \
+	  $(MAKE) --no-print-directory gpu-tests; \
+	else \
+	  echo "make gpu: no GPU on this machine, nothing to run"; \
+	fi
+
+gpu-tests: $(DEV)
+	@$(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "make gpu: this machine has a GPU but its torch cannot use it:"; \
+	  echo "  $$($(RUN) -c 'import torch; print("torch", torch.__version__, "for CUDA", torch.version.cuda)')"; \
+	  exit 1; }
+	@$(PYTEST) -m gpu --slow || test $$? -eq 5
+
+bench: $(USE) ## measure against plain decoding on this machine
+	@$(CLI) bench
+
+format: $(DEV) ## let ruff fix and format the code
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+clean: ## remove .venv, builds and caches
+	rm -rf .venv build dist *.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the virtual environment -----------------------------------------------------------------
+#
+# Which torch it gets is settled when it is made:
+#   the base Python has one   that one (the environment sees the base's packages; no pins)
+#   nvidia-smi is there       the newest, with CUDA
+#   otherwise                 the CPU build of requirements/cpu.txt
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: there is no $(PYTHON) here; name a Python 3.11 or newer: make PYTHON=python3.12 ..." >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: mara-fast needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) -V 2>&1);" \
+	       "name another: make PYTHON=python3.12 ..." >&2; \
+	  exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: $(PYTHON) cannot make virtual environments: it has no venv or no ensurepip" \
+	       "(on Debian and Ubuntu: apt install python3-venv)" >&2; \
+	  exit 1; }
+	@base=$$($(PYTHON) -c 'import sys; print(getattr(sys, "_base_executable", None) or sys.executable)'); \
+	see=; pins=; new=; \
+	if (cd / && "$$base" -c 'import torch') >/dev/null 2>&1; then \
+	  see=--system-site-packages; echo "Making $(VENV) beside the torch of $$base"; \
+	elif command -v nvidia-smi >/dev/null; then \
+	  echo "Making $(VENV) for the newest torch, with CUDA"; \
+	else \
+	  pins="--constraint requirements/cpu.txt"; echo "Making $(VENV) for the CPU"; \
+	fi; \
+	test -e $(VENV) || new=yes; \
+	"$$base" -m venv $$see $(VENV) || { test -z "$$new" || rm -rf $(VENV); exit 1; }; \
+	echo "$$pins" > $(VENV)/.pip-options
+
+# $(1): what to install. A terminal sees pip's progress, a log only what went wrong.
+define INSTALL_INTO_VENV
+@$(RUN) -m pip --version >/dev/null 2>&1 || { \
+  echo "make: $(VENV) has no working pip; remove it (make clean) or run" \
+       "$(RUN) -m ensurepip" >&2; \
+  exit 1; }
+@pins=$$(cat $(VENV)/.pip-options 2>/dev/null); \
+quiet="--quiet --quiet"; if [ -t 1 ]; then quiet=; fi; \
+echo "Installing $(1) into $(VENV) (minutes the first time)"; \
+$(RUN) -m pip install --disable-pip-version-check $$quiet $$pins --editable '$(1)' || { \
+  if [ "$$pins" ]; then \
+    echo "make: if pip found no CPU build of torch, point it at PyTorch's index of CPU wheels" \
+         "(PIP_EXTRA_INDEX_URL)" >&2; \
+  fi; \
+  exit 1; }
+endef
+
+$(VENV)/.installed: $(SOURCES) | $(VENV)/bin/python
+	$(call INSTALL_INTO_VENV,.)
+	@touch $@
+
+$(VENV)/.installed-dev: $(SOURCES) | $(VENV)/bin/python
+	$(call INSTALL_INTO_VENV,.[dev])
+	@touch $(VENV)/.installed $@

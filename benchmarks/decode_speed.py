@@ -1,0 +1,273 @@
+"""Decoding speed on this machine: our engine, transformers, and the authors' cascade.
+
+    python benchmarks/decode_speed.py --output benchmarks/results/decode_speed_cpu.json
+
+Fairness: one random language model, one agent, the same prompts of one length, the same number of
+tokens, EOS ignored, the same threads for all. Every system is warmed up, then all are run in turn,
+several rounds; figures are medians with the range of the rounds. Loading and construction are
+outside the clock. No ratio to the cascade is printed unless its tokens equal ours.
+
+The language model is random: the scale of its head and the agent's last bias are set so that about
+a third of the positions have a single candidate and rank 0 is accepted at about 70 % of the others,
+as in the paper. The profile that came out is printed with the figures.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from authors_cascade import authors_cascade
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+import mara_fast
+from mara_fast import DecodingConfig, DecodingStats, Engine, Generation, MaraAgent
+
+VOCAB_SIZE = 32000
+
+
+def make_model(*, hidden_size: int, num_layers: int, seed: int = 0) -> LlamaForCausalLM:
+    """A random Llama whose states vary with the text."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        intermediate_size=2 * hidden_size,
+        num_attention_heads=hidden_size // 64,
+        num_key_value_heads=hidden_size // 64,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=4096,
+        initializer_range=0.05,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def calibrate(model: LlamaForCausalLM, prompts: list[list[int]], *, forced: float) -> MaraAgent:
+    """Scales the head to the wanted share of forced positions, and makes an agent that accepts
+    rank 0 at about 70 % of the rest, both by what the engine measures."""
+    head = model.lm_head.weight.clone()
+    # Rows of unequal length: some states then have one clear successor, others many.
+    head *= torch.exp(0.35 * torch.randn(VOCAB_SIZE, 1))
+    agent = MaraAgent(model.config.hidden_size).requires_grad_(False)
+    agent.output_linear.weight.mul_(30)
+    agent.output_linear.bias[1] += 20
+    engine = Engine(model, agent, max_batch_size=len(prompts))
+
+    def decode(**options: Any) -> list[Generation]:
+        return engine.generate(prompts, max_new_tokens=32, ignore_eos=True, window=1, **options)
+
+    low, high = 0.5, 32.0
+    for _ in range(10):
+        scale = (low + high) / 2
+        model.lm_head.weight.copy_(head * scale)
+        stats = sum((result.stats for result in decode()), DecodingStats())
+        share = stats.num_forced / stats.num_tokens
+        if abs(share - forced) < 0.01:
+            break
+        low, high = (scale, high) if share < forced else (low, scale)
+
+    # Which text is decoded depends on the bias, so approach it in a few steps.
+    for _ in range(3):
+        accept_probs = [
+            token.candidates[0].accept_prob
+            for result in decode(trace=True)
+            for token in result.trace
+            if token.verdict != "forced"
+        ]
+        accept_logits = torch.tensor(accept_probs, dtype=torch.float64).logit()
+        agent.output_linear.bias[1] -= accept_logits.quantile(0.3).item()
+    return agent
+
+
+def run_batch(
+    model: LlamaForCausalLM, agent: MaraAgent, prompts: list[list[int]], *, num_tokens: int
+) -> dict[str, tuple[Callable[[], list[list[int]]], int]]:
+    """The systems over one batch, each with how many tokens it produces."""
+    batch_size = len(prompts)
+    plain = Engine(model, False, max_batch_size=batch_size)
+    aligned = Engine(model, agent, max_batch_size=batch_size)
+    config = DecodingConfig(max_new_tokens=num_tokens, ignore_eos=True)
+    inputs = torch.tensor(prompts)
+    attention_mask = torch.ones_like(inputs)
+
+    def transformers_generate() -> list[list[int]]:
+        output = model.generate(
+            inputs,
+            attention_mask=attention_mask,
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            pad_token_id=0,
+        )
+        return output[:, inputs.shape[1] :].tolist()
+
+    def cascade() -> list[list[int]]:
+        return [
+            authors_cascade(model, agent.accept_logit, prompt, max_new_tokens=num_tokens)[0]
+            for prompt in prompts
+        ]
+
+    def ids(results: list[Generation]) -> list[list[int]]:
+        return [result.token_ids for result in results]
+
+    total = batch_size * num_tokens
+    return {
+        "MARA, this engine": (lambda: ids(aligned.generate(prompts, config)), total),
+        "plain, this engine": (lambda: ids(plain.generate(prompts, config)), total),
+        "plain, transformers generate": (transformers_generate, total),
+        "MARA, authors' cascade": (cascade, total),
+    }
+
+
+def measure_all(
+    systems: dict[str, tuple[Callable[[], list[list[int]]], int]], *, rounds: int
+) -> tuple[dict[str, list[float]], dict[str, list[list[int]]]]:
+    """Tokens per second of every system in every round, and its tokens."""
+    tokens = {name: run() for name, (run, _) in systems.items()}
+    rates: dict[str, list[float]] = {name: [] for name in systems}
+    for _ in range(rounds):
+        for name, (run, total) in systems.items():
+            started = time.perf_counter()
+            run()
+            rates[name].append(total / (time.perf_counter() - started))
+    return rates, tokens
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    hidden_size: Annotated[int, typer.Option()] = 512,
+    num_layers: Annotated[int, typer.Option()] = 8,
+    batch_sizes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,8",
+    prompt_length: Annotated[int, typer.Option()] = 64,
+    num_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
+    forced: Annotated[float, typer.Option(help="Share of positions with one candidate.")] = 0.33,
+    rounds: Annotated[int, typer.Option()] = 5,
+    threads: Annotated[int, typer.Option()] = os.cpu_count() or 1,
+) -> None:
+    """Measure and print; ratios are of one run."""
+    logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    console = Console()
+    model = make_model(hidden_size=hidden_size, num_layers=num_layers)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    generator = torch.Generator().manual_seed(1)
+    pool = torch.randint(VOCAB_SIZE, (8, prompt_length), generator=generator).tolist()
+    agent = calibrate(model, pool, forced=forced)
+
+    report: dict[str, Any] = {
+        "command": "python " + " ".join(sys.argv),
+        "date": date.today().isoformat(),
+        "hardware": f"{_cpu_name()}, {threads} threads, float32",
+        "versions": {"mara-fast": mara_fast.__version__}
+        | {name: version(name) for name in ("torch", "transformers")},
+        "commit": _commit(),
+        "model": f"random Llama, {num_parameters / 1e6:.1f}M parameters, {num_layers} layers, "
+        f"hidden {hidden_size}, vocabulary {VOCAB_SIZE}",
+        "prompt_length": prompt_length,
+        "new_tokens": num_tokens,
+        "batches": [],
+    }
+    console.print(f"{report['model']}\n{report['hardware']}, {report['date']}")
+    for batch_size in map(int, batch_sizes.split(",")):
+        prompts = [pool[i % len(pool)] for i in range(batch_size)]
+        systems = run_batch(model, agent, prompts, num_tokens=num_tokens)
+        rates, tokens = measure_all(systems, rounds=rounds)
+        engine = Engine(model, agent, max_batch_size=batch_size)
+        results = engine.generate(prompts, max_new_tokens=num_tokens, ignore_eos=True)
+        stats = sum((result.stats for result in results), DecodingStats())
+        batch = _batch_report(batch_size, rates, tokens, stats)
+        report["batches"].append(batch)
+        _print_batch(console, batch)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report))
+
+
+def _batch_report(
+    batch_size: int,
+    rates: dict[str, list[float]],
+    tokens: dict[str, list[list[int]]],
+    stats: DecodingStats,
+) -> dict[str, Any]:
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    ours, plain = median["MARA, this engine"], median["plain, this engine"]
+    examined = (stats.num_examined + stats.num_forced) / stats.num_tokens
+    within_three = sum(n for rank, n in stats.accepted_ranks.items() if rank < 3)
+    batch = {
+        "batch_size": batch_size,
+        "profile": {
+            "forced_frac": stats.num_forced / stats.num_tokens,
+            "rank0_accepted_frac": stats.rank0_accepted_frac,
+            "accepted_within_three_frac": within_three / max(1, stats.num_decided),
+            "all_rejected_frac": stats.num_all_rejected / max(1, stats.num_decided),
+            "mean_set_size": sum(n * c for n, c in stats.candidate_counts.items())
+            / max(1, stats.num_decided),
+            "candidates_per_token": examined,
+            "forwards_per_token": stats.forwards_per_token,
+        },
+        "tokens_per_s": {
+            name: {"median": median[name], "min": min(values), "max": max(values)}
+            for name, values in rates.items()
+        },
+        "ratios": {
+            "MARA / our plain decoding": ours / plain,
+            "compute-bound limit of that (1 / candidates per token)": 1 / examined,
+            "our plain / transformers generate": plain / median["plain, transformers generate"],
+        },
+    }
+    if tokens["MARA, this engine"] == tokens["MARA, authors' cascade"]:
+        batch["ratios"]["MARA / authors' cascade"] = ours / median["MARA, authors' cascade"]
+    else:
+        batch["differs"] = "tokens differ from the authors' cascade: no ratio"
+    if tokens["plain, this engine"] != tokens["plain, transformers generate"]:
+        batch["differs_plain"] = "plain tokens differ from transformers generate"
+    return batch
+
+
+def _print_batch(console: Console, batch: dict[str, Any]) -> None:
+    table = Table(title=f"batch {batch['batch_size']}", title_justify="left")
+    table.add_column("system")
+    table.add_column("tokens/s", justify="right")
+    table.add_column("range", justify="right")
+    for name, rate in batch["tokens_per_s"].items():
+        table.add_row(name, f"{rate['median']:.1f}", f"{rate['min']:.1f} - {rate['max']:.1f}")
+    console.print(table)
+    console.print(", ".join(f"{name} {value:.2f}" for name, value in batch["profile"].items()))
+    for name, value in batch["ratios"].items():
+        console.print(f"{name}: {value:.2f}")
+    for key in ("differs", "differs_plain"):
+        if key in batch:
+            console.print(f"[red]{batch[key]}[/red]")
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    typer.run(main)

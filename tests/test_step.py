@@ -1,0 +1,224 @@
+"""Properties of the step itself: nothing read on the host, NaN contained, mutations noticed."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import mara_fast.attention
+import mara_fast.decoder
+from architectures import ARCHITECTURES, random_prompt
+from exactness import check_exact, random_agent
+from mara_fast import Engine
+from mara_fast.cache import SlotCache
+from mara_fast.decoder import Decoder
+
+PROMPT_LENGTHS = (12, 3, 7)
+
+
+class ForbidHostReads(TorchDispatchMode):
+    """Raises where a tensor's value would have to reach the host."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "equal")
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func.overloadpacket.__name__ in self.FORBIDDEN:
+            raise AssertionError(f"{func} reads a tensor on the host")
+        return func(*args, **(kwargs or {}))
+
+
+def make_engine(name: str = "llama", **options: Any) -> Engine:
+    model = ARCHITECTURES[name]()
+    return Engine(model, random_agent(48), max_batch_size=2, prefill_chunk=5, **options)
+
+
+def prompts_for(engine: Engine) -> list[list[int]]:
+    return [random_prompt(engine.lm.model, length, seed=length) for length in PROMPT_LENGTHS]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt_oss", "mistral", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 3},
+        {"window": 4, "strategy": "random", "acceptance": "sample", "trace": True},
+        {"window": 1, "fallback": "first", "min_new_tokens": 4},
+    ],
+)
+def test_step_reads_nothing_on_the_host(
+    name: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: False)
+    steps = 0
+
+    def guarded(method: Callable) -> Callable:
+        def call(self: Decoder, *args: Any) -> None:
+            nonlocal steps
+            steps += 1
+            with ForbidHostReads():
+                method(self, *args)
+
+        return call
+
+    engine = make_engine(name)
+    engine.generate(prompts_for(engine), max_new_tokens=6, **options)  # allocates the cache
+    monkeypatch.setattr(Decoder, "step", guarded(Decoder.step))
+    monkeypatch.setattr(Decoder, "prefill", guarded(Decoder.prefill))
+    engine.generate(prompts_for(engine), max_new_tokens=6, **options)
+    assert steps > 6
+
+
+def test_the_guard_notices_a_host_read() -> None:
+    with pytest.raises(AssertionError, match="host"), ForbidHostReads():
+        int(torch.ones(3).max())
+
+
+def _length_off_by(delta: int) -> Callable[[pytest.MonkeyPatch], None]:
+    def mutate(monkeypatch: pytest.MonkeyPatch) -> None:
+        original = mara_fast.attention.visibility
+
+        def visibility(lengths: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            return original((lengths + delta).clamp(min=0), *args, **kwargs)
+
+        monkeypatch.setattr(mara_fast.attention, "visibility", visibility)
+
+    return mutate
+
+
+def _window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = mara_fast.attention.visibility
+
+    def visibility(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> torch.Tensor:
+        wider = None if sliding_window is None else sliding_window + 1
+        return original(*args, sliding_window=wider, **kwargs)
+
+    monkeypatch.setattr(mara_fast.attention, "visibility", visibility)
+
+
+def _position_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = mara_fast.decoder.siblings
+
+    def siblings(num_rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        ancestors, depths = original(num_rows, device)
+        return ancestors, depths + 1
+
+    monkeypatch.setattr(mara_fast.decoder, "siblings", siblings)
+
+
+def _siblings_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = mara_fast.decoder.siblings
+
+    def siblings(num_rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        ancestors, depths = original(num_rows, device)
+        return ancestors.fill_(True), depths
+
+    monkeypatch.setattr(mara_fast.decoder, "siblings", siblings)
+
+
+def _wrong_row_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = SlotCache.commit_rows
+
+    def commit_rows(
+        self: SlotCache, slots: torch.Tensor, source: torch.Tensor, destination: torch.Tensor
+    ) -> None:
+        original(self, slots, self.view.base + torch.zeros_like(source), destination)
+
+    monkeypatch.setattr(SlotCache, "commit_rows", commit_rows)
+
+
+def _nothing_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SlotCache, "commit_rows", lambda *args: None)
+
+
+MUTATIONS = {
+    "prefix one too long": _length_off_by(1),
+    "prefix one too short": _length_off_by(-1),
+    "window one too wide": _window_off_by_one,
+    "position one too far": _position_off_by_one,
+    "siblings see each other": _siblings_see_each_other,
+    "wrong row committed": _wrong_row_committed,
+    "nothing committed": _nothing_committed,
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_exactness_suite_notices(mutation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is a mistake that an implementation of the step could make."""
+    engine = make_engine("mistral")
+    options = {"max_new_tokens": 10, "window": 4, "eos_token_id": 1, "ignore_eos": True}
+    check_exact(engine, prompts_for(engine), **options)
+    MUTATIONS[mutation](monkeypatch)
+    with pytest.raises(AssertionError):
+        check_exact(engine, prompts_for(engine), **options)
+
+
+def test_nan_ends_its_own_sequence_only() -> None:
+    """A token whose embedding is NaN, in one prompt of many and among the others' candidates."""
+    engine = make_engine()
+    prompts = prompts_for(engine) * 2
+    before = engine.generate(prompts, max_new_tokens=8, window=1, ignore_eos=True, trace=True)
+    steps = [token for result in before for token in result.trace]
+    asked = {c.token_id for step in steps for c in step.candidates if c.accepted is not None}
+    asked |= {step.token_id for step in steps}.union(*prompts)
+    # A candidate of theirs that nobody asked about: a wide window meets it all the same.
+    seen = {c.token_id for step in steps for c in step.candidates[:3]}
+    poison = min(seen - asked)
+    engine.lm.model.get_input_embeddings().weight[poison] = torch.nan
+    poisoned = [5, poison, 6]
+    for window in (1, 3, 40):
+        results = engine.generate(
+            [prompts[0], poisoned, *prompts[1:]], max_new_tokens=8, window=window, ignore_eos=True
+        )
+        bad = results.pop(1)
+        assert bad.finish_reason == "error" and bad.token_ids == []
+        assert "position 3 " in bad.error and "logits are NaN" in bad.error
+        assert [result.token_ids for result in results] == [r.token_ids for r in before]
+        assert all(result.error is None for result in results)
+
+
+def test_nan_accept_logit_names_the_position() -> None:
+    """Rank 0 of some set leads to a NaN state: the cascade asks about it and cannot go on."""
+    engine = make_engine()
+    prompt = prompts_for(engine)[0]
+    (before,) = engine.generate([prompt], max_new_tokens=8, trace=True, ignore_eos=True)
+    index = next(i for i, token in enumerate(before.trace) if token.verdict == "accepted" and i)
+    poison = before.trace[index].candidates[0].token_id
+    if poison in prompt or poison in before.token_ids[:index]:
+        pytest.skip("the token was met before")
+    engine.lm.model.get_input_embeddings().weight[poison] = torch.nan
+    for window in (1, 5):
+        (result,) = engine.generate([prompt], max_new_tokens=8, window=window, ignore_eos=True)
+        assert result.finish_reason == "error"
+        assert result.token_ids == before.token_ids[:index]
+        assert f"at position {len(prompt) + index} (output token {index})" in result.error
+
+
+def test_infinite_logits_are_an_error() -> None:
+    engine = make_engine()
+    engine.lm.model.lm_head.weight[7] = torch.inf
+    (result,) = engine.generate([[5, 6]], max_new_tokens=4)
+    assert result.finish_reason == "error" and "position 2 " in result.error
+
+
+def test_slots_move_with_their_sequences() -> None:
+    """Sequences of very unequal length: every free slot is refilled, and rows keep their own."""
+    engine = make_engine("gemma2")
+    prompts = [random_prompt(engine.lm.model, 1 + (5 * i) % 13, seed=i) for i in range(9)]
+    eos = tuple(range(3, 120))
+    check_exact(engine, prompts, max_new_tokens=6, window=2, eos_token_id=eos)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = ARCHITECTURES["llama"]()
+    implementation = model.config._attn_implementation
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.tensor([[5, 6, 7]])
+    logits = model(ids).logits
+    Engine(model, random_agent(48)).generate([[5, 6, 7]], max_new_tokens=4)
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(ids).logits, logits)
+    assert all(torch.equal(weights[name], t) for name, t in model.state_dict().items())

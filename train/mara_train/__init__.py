@@ -1,0 +1,1 @@
+"""Training of the agents that mara_fast decodes with."""
