@@ -2,25 +2,27 @@
 #
 #   make test PYTHON=python3.12   another Python
 #   make test VENV=/tmp/mara      another virtual environment (an existing one keeps its torch)
-#   make test WORKERS=2           pytest in two processes
+#   make test WORKERS=8           pytest in eight processes
 #   make gpu INSTALL=no           no virtual environment and no network: what PYTHON has must do
 
 PYTHON ?= python3
 VENV ?= .venv
 INSTALL ?= yes
-# Processes of pytest; each imports torch and transformers anew, so two pay only for long suites.
-WORKERS ?= 0
+# Processes of pytest, one thread each.
+WORKERS ?= 2
 
 SOURCES := pyproject.toml setup.py requirements/cpu.txt
 PYTEST = $(RUN) -m pytest -q --durations=5
 
 ifeq ($(INSTALL),no)
 RUN := $(PYTHON)
-CLI := PYTHONPATH=.:kernels:train $(PYTHON) -c 'from mara_fast.cli import main; main()'
+PATHS := PYTHONPATH=.:kernels:train
+CLI := $(PATHS) $(PYTHON) -c 'from mara_fast.cli import main; main()'
 USE :=
 DEV :=
 else
 RUN := $(VENV)/bin/python
+PATHS :=
 CLI := $(VENV)/bin/mara-fast
 USE := $(VENV)/.installed
 DEV := $(VENV)/.installed-dev
@@ -67,8 +69,8 @@ gpu-tests: $(DEV)
 	  exit 1; }
 	@$(PYTEST) -m gpu --slow || test $$? -eq 5
 
-bench: $(USE) ## measure against plain decoding on this machine
-	@$(CLI) bench
+bench: $(USE) ## measure decoding on this machine against transformers and the authors' cascade
+	@$(PATHS) $(RUN) benchmarks/decode_speed.py
 
 format: $(DEV) ## let ruff fix and format the code
 	@$(RUN) -m ruff check --fix .

@@ -3,7 +3,8 @@
     python benchmarks/decode_speed.py --output benchmarks/results/decode_speed_cpu.json
 
 Fairness: one random language model, one agent, the same prompts of one length, the same number of
-tokens, EOS ignored, the same threads for all. Every system is warmed up, then all are run in turn,
+tokens, EOS ignored, the same threads for all; every system decodes all prompts, so many at once as
+the batch says (the cascade knows only one). Every system is warmed up, then all are run in turn,
 several rounds; figures are medians with the range of the rounds. Loading and construction are
 outside the clock. No ratio to the cascade is printed unless its tokens equal ours.
 
@@ -29,6 +30,7 @@ import torch
 import typer
 from authors_cascade import authors_cascade
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
@@ -37,6 +39,8 @@ import mara_fast
 from mara_fast import DecodingConfig, DecodingStats, Engine, Generation, MaraAgent
 
 VOCAB_SIZE = 32000
+OURS, OUR_PLAIN = "MARA, this engine", "plain, this engine"
+TRANSFORMERS, CASCADE = "plain, transformers generate", "MARA, authors' cascade, serial"
 
 
 def make_model(*, hidden_size: int, num_layers: int, seed: int = 0) -> LlamaForCausalLM:
@@ -80,7 +84,7 @@ def calibrate(model: LlamaForCausalLM, prompts: list[list[int]], *, forced: floa
         low, high = (scale, high) if share < forced else (low, scale)
 
     # Which text is decoded depends on the bias, so approach it in a few steps.
-    for _ in range(3):
+    for _ in range(4):
         accept_probs = [
             token.candidates[0].accept_prob
             for result in decode(trace=True)
@@ -92,57 +96,55 @@ def calibrate(model: LlamaForCausalLM, prompts: list[list[int]], *, forced: floa
     return agent
 
 
-def run_batch(
-    model: LlamaForCausalLM, agent: MaraAgent, prompts: list[list[int]], *, num_tokens: int
-) -> dict[str, tuple[Callable[[], list[list[int]]], int]]:
-    """The systems over one batch, each with how many tokens it produces."""
-    batch_size = len(prompts)
+def systems_of(
+    model: LlamaForCausalLM,
+    agent: MaraAgent,
+    prompts: list[list[int]],
+    *,
+    batch_size: int,
+    num_tokens: int,
+) -> dict[str, Callable[[], list[list[int]]]]:
+    """The systems that decode all prompts, so many at once."""
     plain = Engine(model, False, max_batch_size=batch_size)
     aligned = Engine(model, agent, max_batch_size=batch_size)
     config = DecodingConfig(max_new_tokens=num_tokens, ignore_eos=True)
-    inputs = torch.tensor(prompts)
-    attention_mask = torch.ones_like(inputs)
 
     def transformers_generate() -> list[list[int]]:
-        output = model.generate(
-            inputs,
-            attention_mask=attention_mask,
-            do_sample=False,
-            max_new_tokens=num_tokens,
-            min_new_tokens=num_tokens,
-            pad_token_id=0,
-        )
-        return output[:, inputs.shape[1] :].tolist()
-
-    def cascade() -> list[list[int]]:
-        return [
-            authors_cascade(model, agent.accept_logit, prompt, max_new_tokens=num_tokens)[0]
-            for prompt in prompts
-        ]
+        produced: list[list[int]] = []
+        for start in range(0, len(prompts), batch_size):
+            inputs = torch.tensor(prompts[start : start + batch_size])
+            output = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                do_sample=False,
+                max_new_tokens=num_tokens,
+                min_new_tokens=num_tokens,
+                pad_token_id=0,
+            )
+            produced += output[:, inputs.shape[1] :].tolist()
+        return produced
 
     def ids(results: list[Generation]) -> list[list[int]]:
         return [result.token_ids for result in results]
 
-    total = batch_size * num_tokens
     return {
-        "MARA, this engine": (lambda: ids(aligned.generate(prompts, config)), total),
-        "plain, this engine": (lambda: ids(plain.generate(prompts, config)), total),
-        "plain, transformers generate": (transformers_generate, total),
-        "MARA, authors' cascade": (cascade, total),
+        OURS: lambda: ids(aligned.generate(prompts, config)),
+        OUR_PLAIN: lambda: ids(plain.generate(prompts, config)),
+        TRANSFORMERS: transformers_generate,
     }
 
 
-def measure_all(
-    systems: dict[str, tuple[Callable[[], list[list[int]]], int]], *, rounds: int
+def measure(
+    systems: dict[str, Callable[[], list[list[int]]]], *, rounds: int, num_tokens: int
 ) -> tuple[dict[str, list[float]], dict[str, list[list[int]]]]:
-    """Tokens per second of every system in every round, and its tokens."""
-    tokens = {name: run() for name, (run, _) in systems.items()}
+    """Tokens per second of every system in every round, all in turn, and its tokens."""
+    tokens = {name: run() for name, run in systems.items()}
     rates: dict[str, list[float]] = {name: [] for name in systems}
-    for _ in range(rounds):
-        for name, (run, total) in systems.items():
+    for _ in track(range(rounds), description="rounds", console=Console(stderr=True)):
+        for name, run in systems.items():
             started = time.perf_counter()
             run()
-            rates[name].append(total / (time.perf_counter() - started))
+            rates[name].append(num_tokens / (time.perf_counter() - started))
     return rates, tokens
 
 
@@ -152,8 +154,9 @@ def main(
     num_layers: Annotated[int, typer.Option()] = 8,
     batch_sizes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,8",
     prompt_length: Annotated[int, typer.Option()] = 64,
-    num_tokens: Annotated[int, typer.Option(help="New tokens per prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(help="Per prompt.")] = 48,
     forced: Annotated[float, typer.Option(help="Share of positions with one candidate.")] = 0.33,
+    num_prompts: Annotated[int, typer.Option()] = 8,
     rounds: Annotated[int, typer.Option()] = 5,
     threads: Annotated[int, typer.Option()] = os.cpu_count() or 1,
 ) -> None:
@@ -164,8 +167,9 @@ def main(
     model = make_model(hidden_size=hidden_size, num_layers=num_layers)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     generator = torch.Generator().manual_seed(1)
-    pool = torch.randint(VOCAB_SIZE, (8, prompt_length), generator=generator).tolist()
-    agent = calibrate(model, pool, forced=forced)
+    size = (num_prompts, prompt_length)
+    prompts = torch.randint(VOCAB_SIZE, size, generator=generator).tolist()
+    agent = calibrate(model, prompts, forced=forced)
 
     report: dict[str, Any] = {
         "command": "python " + " ".join(sys.argv),
@@ -177,18 +181,26 @@ def main(
         "model": f"random Llama, {num_parameters / 1e6:.1f}M parameters, {num_layers} layers, "
         f"hidden {hidden_size}, vocabulary {VOCAB_SIZE}",
         "prompt_length": prompt_length,
-        "new_tokens": num_tokens,
+        "num_prompts": num_prompts,
+        "new_tokens": new_tokens,
         "batches": [],
     }
     console.print(f"{report['model']}\n{report['hardware']}, {report['date']}")
-    for batch_size in map(int, batch_sizes.split(",")):
-        prompts = [pool[i % len(pool)] for i in range(batch_size)]
-        systems = run_batch(model, agent, prompts, num_tokens=num_tokens)
-        rates, tokens = measure_all(systems, rounds=rounds)
-        engine = Engine(model, agent, max_batch_size=batch_size)
-        results = engine.generate(prompts, max_new_tokens=num_tokens, ignore_eos=True)
+    sizes = [int(size) for size in batch_sizes.split(",")]
+    systems: dict[str, Callable[[], list[list[int]]]] = {}
+    for size in sizes:
+        found = systems_of(model, agent, prompts, batch_size=size, num_tokens=new_tokens)
+        systems |= {f"{name}, batch {size}": run for name, run in found.items()}
+    systems[CASCADE] = lambda: [
+        authors_cascade(model, agent.accept_logit, prompt, max_new_tokens=new_tokens)[0]
+        for prompt in prompts
+    ]
+    rates, tokens = measure(systems, rounds=rounds, num_tokens=num_prompts * new_tokens)
+    for size in sizes:
+        engine = Engine(model, agent, max_batch_size=size)
+        results = engine.generate(prompts, max_new_tokens=new_tokens, ignore_eos=True)
         stats = sum((result.stats for result in results), DecodingStats())
-        batch = _batch_report(batch_size, rates, tokens, stats)
+        batch = _batch_report(size, rates, tokens, stats)
         report["batches"].append(batch)
         _print_batch(console, batch)
     if output is not None:
@@ -203,37 +215,38 @@ def _batch_report(
     tokens: dict[str, list[list[int]]],
     stats: DecodingStats,
 ) -> dict[str, Any]:
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    ours, plain = median["MARA, this engine"], median["plain, this engine"]
+    names = {name: f"{name}, batch {batch_size}" for name in (OURS, OUR_PLAIN, TRANSFORMERS)}
+    names[CASCADE] = CASCADE
+    median = {name: statistics.median(rates[key]) for name, key in names.items()}
     examined = (stats.num_examined + stats.num_forced) / stats.num_tokens
     within_three = sum(n for rank, n in stats.accepted_ranks.items() if rank < 3)
-    batch = {
+    decided = max(1, stats.num_decided)
+    batch: dict[str, Any] = {
         "batch_size": batch_size,
         "profile": {
             "forced_frac": stats.num_forced / stats.num_tokens,
             "rank0_accepted_frac": stats.rank0_accepted_frac,
-            "accepted_within_three_frac": within_three / max(1, stats.num_decided),
-            "all_rejected_frac": stats.num_all_rejected / max(1, stats.num_decided),
-            "mean_set_size": sum(n * c for n, c in stats.candidate_counts.items())
-            / max(1, stats.num_decided),
+            "accepted_within_three_frac": within_three / decided,
+            "all_rejected_frac": stats.num_all_rejected / decided,
+            "mean_set_size": sum(n * c for n, c in stats.candidate_counts.items()) / decided,
             "candidates_per_token": examined,
             "forwards_per_token": stats.forwards_per_token,
         },
         "tokens_per_s": {
-            name: {"median": median[name], "min": min(values), "max": max(values)}
-            for name, values in rates.items()
+            name: {"median": median[name], "min": min(rates[key]), "max": max(rates[key])}
+            for name, key in names.items()
         },
         "ratios": {
-            "MARA / our plain decoding": ours / plain,
-            "compute-bound limit of that (1 / candidates per token)": 1 / examined,
-            "our plain / transformers generate": plain / median["plain, transformers generate"],
+            "MARA / our plain decoding": median[OURS] / median[OUR_PLAIN],
+            "1 / candidates per token, its limit where rows cost": 1 / examined,
+            "our plain / transformers generate": median[OUR_PLAIN] / median[TRANSFORMERS],
         },
     }
-    if tokens["MARA, this engine"] == tokens["MARA, authors' cascade"]:
-        batch["ratios"]["MARA / authors' cascade"] = ours / median["MARA, authors' cascade"]
+    if tokens[names[OURS]] == tokens[CASCADE]:
+        batch["ratios"]["MARA / authors' cascade"] = median[OURS] / median[CASCADE]
     else:
         batch["differs"] = "tokens differ from the authors' cascade: no ratio"
-    if tokens["plain, this engine"] != tokens["plain, transformers generate"]:
+    if tokens[names[OUR_PLAIN]] != tokens[names[TRANSFORMERS]]:
         batch["differs_plain"] = "plain tokens differ from transformers generate"
     return batch
 

@@ -300,8 +300,8 @@ def _clear_errors() -> Iterator[None]:
     """What a user got wrong is a line and exit status 2, not a traceback."""
     try:
         yield
-    except BrokenPipeError:
-        # Whoever read our output has seen enough: nothing to report.
+    except (typer.Exit, typer.Abort, BrokenPipeError):
+        # The first two are RuntimeErrors; after the third nobody listens.
         raise
     except (ValueError, OSError, RuntimeError) as error:
         typer.secho(f"mara-fast: {error}", fg="red", err=True)

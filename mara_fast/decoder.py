@@ -458,7 +458,8 @@ def _sample(
     """
     uniform, _ = acceptance_uniforms(seed, sequence, position, torch.zeros_like(position))
     mass = torch.softmax(candidates.logprobs, dim=-1).cumsum(-1)
-    chosen = (mass <= uniform[:, None]).sum(-1).clamp(max=(candidates.size - 1).clamp(min=0))
+    last = candidates.size.clamp(min=1, max=candidates.ids.shape[1]) - 1
+    chosen = (mass <= uniform[:, None]).sum(-1).clamp(max=last)
     ids = candidates.ids.gather(1, chosen[:, None])
     logprobs = candidates.logprobs.gather(1, chosen[:, None])
     return CandidateSet(ids, logprobs, candidates.size.clamp(max=1))

@@ -292,11 +292,10 @@ class Run:
             return
         self.decoder = self._make_decoder()
         queue = deque(self.requests)
-        try:
-            while queue or self.prefilling or self.decoding:
-                yield self._advance(queue)
-        finally:
-            self.engine.return_cache(self.decoder.cache)
+        while queue or self.prefilling or self.decoding:
+            yield self._advance(queue)
+        # A run that ends early may leave anything in its cache, and does not hand it on.
+        self.engine.return_cache(self.decoder.cache)
 
     @torch.inference_mode()
     def _advance(self, queue: deque[Request]) -> list[tuple[int, Generation]]:

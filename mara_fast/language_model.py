@@ -8,6 +8,7 @@ Shapes: B slots, T rows per slot, H hidden, V vocabulary.
 """
 
 import copy
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -50,6 +51,9 @@ class FrozenLM:
     Raises:
         UnsupportedModelError: naming the architecture and the reason.
     """
+
+    # Which attention runs is an entry of the model's config, which several engines may share.
+    _one_forward = threading.Lock()
 
     def __init__(self, model: PreTrainedModel, *, attention: AttentionPath = "auto") -> None:
         if attention not in ATTENTION_PATHS:
@@ -113,40 +117,39 @@ class FrozenLM:
         if self.attention == "candidate":
             # Four dimensions: transformers takes the mask as it is, builds none and reads none.
             mask: Any = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids_BT.device)
-            if self._hooks:
-                self._injected = context
-            else:
+            if not self._hooks:
                 extra[CONTEXT_KEYWORD] = context
         else:
             mask = self._explicit_masks(context)
-        try:
-            with self._our_attention():
-                return self.body(
-                    input_ids=ids_BT,
-                    attention_mask=mask,
-                    position_ids=positions,
-                    past_key_values=cache,
-                    use_cache=True,
-                    **extra,
-                ).last_hidden_state
-        finally:
-            self._injected = None
+        with self._our_attention(context):
+            return self.body(
+                input_ids=ids_BT,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                **extra,
+            ).last_hidden_state
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Next-token logits [N, V] of hidden states, by the model's own tail."""
         return self._head(inputs_embeds=hidden_NH[:, None], use_cache=False).logits[:, 0]
 
     @contextmanager
-    def _our_attention(self) -> Iterator[None]:
+    def _our_attention(self, context: TreeContext) -> Iterator[None]:
         if self.attention != "candidate":
             yield
             return
-        config, previous = self.body.config, self.body.config._attn_implementation
-        config._attn_implementation = ATTENTION_NAME
-        try:
-            yield
-        finally:
-            config._attn_implementation = previous
+        config = self.body.config
+        with self._one_forward:
+            previous = config._attn_implementation
+            config._attn_implementation = ATTENTION_NAME
+            self._injected = context if self._hooks else None
+            try:
+                yield
+            finally:
+                config._attn_implementation = previous
+                self._injected = None
 
     def _find_body(self) -> tuple[str, PreTrainedModel]:
         # base_model_prefix is wrong for some models; the body is the one child of its kind.
@@ -343,6 +346,11 @@ class FrozenLM:
 
 class _PassThrough(nn.Module):
     """Stands for the body in the head's copy of the model."""
+
+    @property
+    def decoder(self) -> "_PassThrough":
+        """OPT's head calls the decoder of its body."""
+        return self
 
     def forward(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> "_BodyOutput":
         return _BodyOutput(last_hidden_state=inputs_embeds)
