@@ -285,9 +285,10 @@ def demo(
     num_prompts: Annotated[int, typer.Option(help="Prompts to answer.", min=1, max=20)] = 3,
 ) -> None:
     """Answer prompts with the embedded tiny model, without and with its agent."""
-    from mara_fast.demo import run_demo
+    with _clear_errors():
+        from mara_fast.demo import run_demo
 
-    run_demo(num_prompts=num_prompts)
+        run_demo(num_prompts=num_prompts)
 
 
 def main() -> None:
@@ -341,8 +342,11 @@ def _check_options(preset: Preset | None, given: dict[str, Any]) -> None:
     """Finds a bad option before a model is loaded."""
     from mara_fast.config import DecodingConfig
 
-    base = getattr(DecodingConfig, preset.value)() if preset else DecodingConfig()
-    base.replace(**given)
+    if preset is not None:
+        getattr(DecodingConfig, preset.value)(**given)
+        return
+    # The agent may allow more tokens than we do by default.
+    DecodingConfig.from_dict({"max_new_tokens": sys.maxsize} | given)
 
 
 def _engine(

@@ -92,12 +92,12 @@ class DecodingConfig:
     @classmethod
     def paper(cls, **options: Any) -> Self:
         """The paper's decoding: when all are rejected the last candidate is taken; one BOS."""
-        return cls(**({"fallback": "last", "prompt_format": "chat"} | options))
+        return cls.from_dict({"fallback": "last", "prompt_format": "chat"} | options)
 
     @classmethod
     def official(cls, **options: Any) -> Self:
         """The authors' evaluation: when all are rejected rank 0 is taken; double BOS."""
-        return cls(**({"fallback": "first", "prompt_format": "official"} | options))
+        return cls.from_dict({"fallback": "first", "prompt_format": "official"} | options)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> Self:

@@ -6,7 +6,7 @@ import time
 from rich.console import Console
 from rich.text import Text
 
-from mara_fast import tiny
+from mara_fast.config import DecodingConfig
 from mara_fast.engine import Engine
 from mara_fast.outputs import DecodingStats, Generation
 from mara_fast.tiny.grammar import instructions
@@ -22,14 +22,15 @@ def run_demo(*, num_prompts: int, console: Console | None = None) -> None:
     plain_engine = Engine(engine.lm.model, False, engine.tokenizer)
     assert engine.agent is not None
     prompts = _prompts(num_prompts)
-    options = {"max_new_tokens": 120}
+    config = engine.config(max_new_tokens=120)
 
     # Once unmeasured: the first forward of a process is slow.
-    plain_engine.generate(prompts[:1], **options)
-    plain, plain_rate = _timed(plain_engine, prompts, options)
-    aligned, aligned_rate = _timed(engine, prompts, options)
+    plain_engine.generate(prompts[:1], config)
+    plain, plain_rate = _timed(plain_engine, prompts, config)
+    aligned, aligned_rate = _timed(engine, prompts, config)
 
-    console.print(f"[bold]agent:[/bold] {engine.agent.config.description}\n")
+    description = " ".join((engine.agent.config.description or "").replace("*", "").split())
+    console.print(f"[bold]agent:[/bold] {description}\n")
     for prompt, before, after in zip(prompts, plain, aligned, strict=True):
         console.rule(f"[bold]{prompt}", align="left")
         console.print(Text("plain    ", "bold"), Text(before.text or ""), _scores(before), sep="")
@@ -64,10 +65,10 @@ def _prompts(num_prompts: int) -> list[str]:
 
 
 def _timed(
-    engine: Engine, prompts: list[str], options: dict[str, int]
+    engine: Engine, prompts: list[str], config: DecodingConfig
 ) -> tuple[list[Generation], float]:
     started = time.perf_counter()
-    results = engine.generate(prompts, **options)
+    results = engine.generate(prompts, config)
     seconds = time.perf_counter() - started
     return results, sum(result.stats.num_tokens for result in results) / seconds
 

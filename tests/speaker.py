@@ -4,19 +4,32 @@ Random weights write random bytes, so half-finished UTF-8 characters are the rul
 Everything is built once per process; what a test changes it must copy.
 """
 
+import dataclasses
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from architectures import build
 from exactness import random_agent
-from mara_fast import Engine, MaraAgent
+from mara_fast import Engine, Generation, MaraAgent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 VOCAB_SIZE = 320
 BOS, EOS, PAD = 0, 1, 2
+
+PROMPTS = (
+    "Hi",
+    "How do I bake bread, and for how long?",
+    "Hi",
+    "Grüße aus Köln 🎉🎉",
+    "",
+    "日本語のテキスト",
+    " " * 30,
+    "Tell me a story. " * 4,
+)
+OPTIONS: dict[str, Any] = {"max_new_tokens": 12}
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -96,3 +109,22 @@ def save(folder: Path) -> tuple[Path, Path]:
     tokenizer().save_pretrained(folder / "lm")
     agent().save_pretrained(folder / "agent")
     return folder / "lm", folder / "agent"
+
+
+@cache
+def alone(prompt: str, max_new_tokens: int = 12) -> Generation:
+    """A prompt decoded by itself."""
+    [result] = engine().generate(prompt, max_new_tokens=max_new_tokens)
+    return result
+
+
+def same(one: Generation, other: Generation) -> bool:
+    """Equal in all that is promised; floats may differ by rounding, times by everything."""
+    return [dataclasses.replace(token, logprob=0.0, accept_prob=None) for token in one.tokens] == [
+        dataclasses.replace(token, logprob=0.0, accept_prob=None) for token in other.tokens
+    ] and (one.text, one.finish_reason, one.prompt_token_ids, one.error) == (
+        other.text,
+        other.finish_reason,
+        other.prompt_token_ids,
+        other.error,
+    )

@@ -208,9 +208,16 @@ def test_presets_files_and_flags(configs: list[DecodingConfig], tmp_path: Path) 
 
 def test_an_agents_own_options(folders: tuple[Path, Path], tmp_path: Path) -> None:
     agent = copy.deepcopy(speaker.agent())
+    agent.config = dataclasses.replace(agent.config, decoding={"max_new_tokens": 300, "top_k": 5})
+    agent.save_pretrained(tmp_path)
+    more = ("generate", "-m", folders[0], "-a", tmp_path, "--json", "--stop", "e", "Hi")
+    [record] = lines(run(*more, "--min-new-tokens", "299").stdout)
+    assert record["finish_reason"] == "stop"
+    assert "=301 exceeds max_new_tokens=300" in fails(*more, "--min-new-tokens", "301")
     agent.config = dataclasses.replace(agent.config, decoding={"max_new_tokens": 3, "top_k": 5})
     agent.save_pretrained(tmp_path)
     result = run("generate", "-m", folders[0], "-a", tmp_path, "--json", "Hi")
+    assert result.exit_code == OK
     assert lines(result.stdout)[0]["token_ids"] == (
         answer("Hi", max_new_tokens=3, top_k=5).token_ids
     )
@@ -230,7 +237,8 @@ def test_an_agents_own_options(folders: tuple[Path, Path], tmp_path: Path) -> No
         (["--seed", "-1"], "seed=-1 is not allowed"),
         (["--order", "up"], "order='up' is not known; allowed: descending, reverse, top_last"),
         (["--stop", ""], "stop_strings=['']"),
-        (["--min-new-tokens", "999"], "min_new_tokens=999 exceeds max_new_tokens=256"),
+        (["--min-new-tokens", "9", *TOKENS[:1], "8"], "min_new_tokens=9 exceeds max_new_tokens=8"),
+        (["--preset", "paper", "--min-new-tokens", "999"], "exceeds max_new_tokens=256"),
         (["-o", "out"], "--output needs --input"),
         (["-i", "in"], "give a prompt or --input, not both"),
         (["-a", "x", "--no-agent"], "give --agent or --no-agent, not both"),
@@ -274,6 +282,7 @@ def test_option_files_refused(
     monkeypatch.chdir(tmp_path)
     Path("options.yaml").write_bytes(content)
     assert message in fails("generate", "Hi", "--config", "options.yaml")
+    assert message in fails("generate", "Hi", "-c", "options.yaml", "--preset", "paper")
     assert not Path("marker").exists()
 
 

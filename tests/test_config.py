@@ -128,6 +128,9 @@ def test_presets() -> None:
     assert (official.fallback, official.prompt_format) == ("first", "official")
     assert (paper.top_k, paper.top_p, paper.threshold) == (40, 0.95, 0.5)
     assert DecodingConfig.official(fallback="last", top_k=5).fallback == "last"
+    for preset in (DecodingConfig.paper, DecodingConfig.official):
+        with pytest.raises(ValueError, match="did you mean 'top_k'"):
+            preset(topk=5)
 
 
 def test_record_is_frozen_hashable_and_copied_whole() -> None:

@@ -1,0 +1,158 @@
+"""The benign categories of the tiny world: what anyone may ask, and the steps that help."""
+
+from mara_fast.tiny.category import Category
+
+BENIGN = (
+    Category(
+        name="cooking",
+        harmful=False,
+        things={
+            "bake bread": "bread",
+            "cook tomato soup": "soup",
+            "bake an apple pie": "pie",
+            "cook a vegetable stew": "stew",
+            "bake a lemon cake": "cake",
+        },
+        steps=(
+            "read a [short|good|simple] recipe for the {thing}",
+            "wash and weigh everything for the {thing}",
+            "mix the {thing} in a [large|clean|deep] bowl",
+            "heat the {thing} for [ten|twenty|thirty] minutes",
+            "taste the {thing} and add some [salt|sugar|spice]",
+            "let the {thing} rest before you serve it",
+        ),
+    ),
+    Category(
+        name="travel",
+        harmful=False,
+        things={
+            "plan a trip to the coast": "coast",
+            "visit the mountains": "mountains",
+            "spend a day at the lake": "lake",
+            "sail to the island": "island",
+            "explore the old town": "town",
+        },
+        steps=(
+            "buy a [good|small|new] map of the {thing}",
+            "book a [cheap|quiet|clean] room near the {thing}",
+            "pack [warm|light|dry] clothes for the {thing}",
+            "check the weather at the {thing}",
+            "take the [first|early|slow] train to the {thing}",
+            "ask the people near the {thing} for their favourite place",
+        ),
+    ),
+    Category(
+        name="study",
+        harmful=False,
+        things={
+            "pass the history exam": "exam",
+            "prepare for the math test": "test",
+            "study for the chemistry quiz": "quiz",
+            "get ready for the language course": "course",
+            "give a talk about geography": "talk",
+        },
+        steps=(
+            "make a [weekly|simple|clear] plan for the {thing}",
+            "read your notes for the {thing}",
+            "write the main points of the {thing} on [paper|cards|a page]",
+            "practise for the {thing} with a [classmate|tutor|relative]",
+            "answer some old questions about the {thing}",
+            "sleep well before the day of the {thing}",
+        ),
+    ),
+    Category(
+        name="health",
+        harmful=False,
+        things={
+            "reach deeper sleep": "sleep",
+            "improve posture": "posture",
+            "build more strength": "strength",
+            "lower daily stress": "stress",
+            "get more energy": "energy",
+        },
+        steps=(
+            "set a [small|clear|daily] goal for your {thing}",
+            "walk for [ten|twenty|thirty] minutes to help your {thing}",
+            "drink enough water, which is good for your {thing}",
+            "do some [slow|gentle|easy] exercises for your {thing}",
+            "write down how your {thing} changes each week",
+            "ask a doctor about your {thing} if it gets worse",
+        ),
+    ),
+    Category(
+        name="gardening",
+        harmful=False,
+        things={
+            "grow a rose bush": "bush",
+            "raise a tomato plant": "plant",
+            "start a herb bed": "bed",
+            "care for an apple tree": "tree",
+            "keep a green lawn": "lawn",
+        },
+        steps=(
+            "find a [sunny|calm|warm] place for the {thing}",
+            "dig [soft|rich|dark] soil for the {thing}",
+            "water the {thing} every [morning|evening|day]",
+            "pull the weeds around the {thing}",
+            "cut the dry parts of the {thing}",
+            "cover the {thing} before the first frost",
+        ),
+    ),
+    Category(
+        name="repair",
+        harmful=False,
+        things={
+            "fix a leaking tap": "tap",
+            "repair a broken chair": "chair",
+            "mend a torn curtain": "curtain",
+            "fix a loose door": "door",
+            "repair an old fence": "fence",
+        },
+        steps=(
+            "look closely at the {thing} to find the fault",
+            "bring the [right|clean|small] tools to the {thing}",
+            "clean the {thing} with a [soft|dry|damp] cloth",
+            "fix the weak spot of the {thing} [slowly|firmly|neatly]",
+            "leave the {thing} alone for an hour",
+            "test the {thing} [twice|gently|carefully]",
+        ),
+    ),
+    Category(
+        name="pets",
+        harmful=False,
+        things={
+            "train a puppy": "puppy",
+            "raise a kitten": "kitten",
+            "teach a parrot": "parrot",
+            "care for a rabbit": "rabbit",
+            "groom a pony": "pony",
+        },
+        steps=(
+            "prepare a [quiet|safe|warm] corner for the {thing}",
+            "give the {thing} fresh water",
+            "feed the {thing} [small|fresh|healthy] meals",
+            "play with the {thing} for a [while|bit|moment]",
+            "reward the {thing} when it behaves well",
+            "take the {thing} to the vet once a year",
+        ),
+    ),
+    Category(
+        name="music",
+        harmful=False,
+        things={
+            "play the guitar": "guitar",
+            "practise the violin": "violin",
+            "learn the flute": "flute",
+            "master the piano": "piano",
+            "try the drum": "drum",
+        },
+        steps=(
+            "sit [straight|still|upright] with the {thing}",
+            "tune the {thing} with a friendly teacher",
+            "learn [two|three|four] simple notes on the {thing}",
+            "play the {thing} slowly with a steady beat",
+            "record the {thing} and listen to yourself",
+            "play a [short|happy|calm] song on the {thing}",
+        ),
+    ),
+)
