@@ -137,8 +137,12 @@ def stop_position(
 
 
 def decode_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
-    """Text of tokens, special ones left out."""
-    return str(tokenizer.decode(list(ids), skip_special_tokens=True))
+    """Text of tokens, special ones left out; more tokens only add to it.
+
+    Hence no clean-up of spaces, which rewrites what came before.
+    """
+    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text)
 
 
 def _with_candidates(

@@ -26,6 +26,7 @@ import mara_fast.cli
 import speaker
 from mara_fast import DecodingConfig, Generation, MaraAgent
 from mara_fast.cli import app
+from naming import stable_id
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 TOKENS = ("--max-new-tokens", "12")
@@ -250,7 +251,7 @@ def test_an_agents_own_options(folders: tuple[Path, Path], tmp_path: Path) -> No
         (["-m", "no/model", "--device", "abacus"], "device='abacus' is not known"),
         (["--max-batch-size", "0"], "max_batch_size=0 is not allowed"),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_mistakes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
@@ -311,7 +312,7 @@ def test_prompts_refused() -> None:
         ["one", "two"],
         ["--seed", "1.5"],
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_usage_errors(arguments: list[str]) -> None:
     result = run("generate", *arguments)

@@ -15,6 +15,7 @@ import mara_fast
 import speaker
 from mara_fast import DecodingConfig, DecodingStats, Engine
 from mara_kernels.truncate import truncate
+from naming import stable_id
 from speaker import OPTIONS, PROMPTS, VOCAB_SIZE, alone, same
 
 
@@ -165,7 +166,7 @@ def test_engine_options_refused(options: dict[str, Any], message: str) -> None:
         Engine(speaker.model(), **options)
 
 
-@pytest.mark.parametrize("model", [None, 5, speaker, type, ["tiny"]], ids=repr)
+@pytest.mark.parametrize("model", [None, 5, speaker, type, ["tiny"]], ids=stable_id)
 def test_what_is_not_a_model(model: Any) -> None:
     with pytest.raises(ValueError, match="model must be a hub id, a path, a PreTrainedModel or"):
         Engine(model)
@@ -289,7 +290,7 @@ def test_sequence_ids_refused(sequence_ids: Any, message: str) -> None:
 
 
 @pytest.mark.xfail(strict=False, reason="engine.py takes or trips over them")
-@pytest.mark.parametrize("sequence_ids", [[0.5], ["1"], [None], [True], 5], ids=repr)
+@pytest.mark.parametrize("sequence_ids", [[0.5], ["1"], [None], [True], 5], ids=stable_id)
 def test_sequence_ids_that_are_not_integers(sequence_ids: Any) -> None:
     with pytest.raises(ValueError, match="sequence_ids must be integers in"):
         speaker.engine().generate("Hi", sequence_ids=sequence_ids, max_new_tokens=1)

@@ -10,6 +10,7 @@ import torch
 
 import speaker
 from mara_fast import DecodingConfig, Engine, custom_generate
+from naming import stable_id
 from speaker import EOS, PAD
 
 TEXTS = ("Hi", "How do I bake bread?", "Tell me a story.")
@@ -190,7 +191,7 @@ def test_return_dict() -> None:
         ({"agent": speaker.agent, "engine": None}, "agent must be a MaraAgent"),
         ({"agnet": 3}, "model_kwargs.*not used by the model.*agnet"),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -236,7 +237,7 @@ class Nothing:
         ({"stopping_criteria": [Nothing()]}, "stopping_criteria has no effect .*: Nothing"),
         ({"max_time": 60.0}, "stopping_criteria .*: MaxTimeCriteria"),
     ],
-    ids=str,
+    ids=stable_id,
 )
 def test_what_has_no_effect_warns(options: dict[str, Any], ignored: str) -> None:
     with pytest.warns(UserWarning, match=f"{ignored}$"):

@@ -9,6 +9,7 @@ import torch
 
 import speaker
 from mara_fast.prompts import encode_prompts
+from naming import stable_id
 from speaker import BOS, VOCAB_SIZE
 
 CHAT = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
@@ -140,7 +141,7 @@ def test_any_unicode(text: str) -> None:
         torch.tensor([[3, 4]]),
         object(),
     ],
-    ids=repr,
+    ids=stable_id,
 )
 def test_not_a_list(prompts: Any) -> None:
     with pytest.raises(ValueError, match=r"^prompts must be a text, a chat .*; got \w+$"):
@@ -179,7 +180,7 @@ def test_a_tokenizers_output_is_not_a_list() -> None:
         ([CHAT, {"role": "user", "content": "Hi"}], 1),
         (["Hi", [{"role": "user", "content": "Hi"}, "Ho"]], 1),
     ],
-    ids=repr,
+    ids=stable_id,
 )
 def test_not_a_prompt(prompts: Any, index: int) -> None:
     with pytest.raises(ValueError, match=rf"^prompt {index} is .*; prompts must be a text, a chat"):
@@ -206,7 +207,7 @@ def test_a_long_prompt_is_not_printed_whole() -> None:
         ([{"role": "user", "content": [{"text": "Hi"}]}], "prompt 0: the chat template refuses"),
         (["Hi", [{"role": 5, "content": "Hi"}]], "prompt 1: the chat template refuses it"),
     ],
-    ids=ascii,
+    ids=stable_id,
 )
 def test_prompts_refused(prompts: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ import torch
 import mara_fast
 import speaker
 from mara_fast import Engine, Generation
+from mara_fast.collect import decode_text
 from speaker import OPTIONS, PROMPTS, alone, same
 
 # as_completed and stream
@@ -30,6 +31,19 @@ def test_as_completed() -> None:
     keyed = speaker.engine().as_completed(["Hi"], acceptance="sample", sequence_ids=[5], **OPTIONS)
     [wanted] = speaker.engine().generate("Hi", acceptance="sample", sequence_ids=[5], **OPTIONS)
     assert same(next(keyed)[1], wanted)
+
+
+def test_text_is_only_added_to() -> None:
+    """Some tokenizers are told to clean up: a space before a quote would vanish later on."""
+    tokenizer = copy.deepcopy(speaker.tokenizer())
+    tokenizer.clean_up_tokenization_spaces = True
+    tokenizer.clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output = True
+    text = "the 'same , do n't . "
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) != text
+    assert decode_text(tokenizer, ids) == text
+    for count in range(len(ids)):
+        assert text.startswith(decode_text(tokenizer, ids[:count]))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[1::2])

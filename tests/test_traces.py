@@ -9,6 +9,7 @@ import pytest
 
 import speaker
 from mara_fast import DecodingConfig, DecodingStats
+from naming import stable_id
 from speaker import OPTIONS, PROMPTS, same
 
 TRACED: tuple[dict[str, Any], ...] = (
@@ -28,7 +29,7 @@ def tried_order(size: int, order: str) -> list[int]:
     return {"descending": ranks, "reverse": ranks[::-1], "top_last": ranks[1:] + ranks[:1]}[order]
 
 
-@pytest.mark.parametrize("options", TRACED, ids=str)
+@pytest.mark.parametrize("options", TRACED, ids=stable_id)
 def test_trace(options: dict[str, Any]) -> None:
     results = speaker.engine().generate(list(PROMPTS[1:4]), trace=True, **OPTIONS, **options)
     config = DecodingConfig(**options)
@@ -80,7 +81,7 @@ def check_trace(token: Any, config: DecodingConfig) -> None:
             assert rank == order[-1 if config.fallback == "last" else 0]
 
 
-@pytest.mark.parametrize("options", TRACED, ids=str)
+@pytest.mark.parametrize("options", TRACED, ids=stable_id)
 def test_trace_does_not_depend_on_the_window(options: dict[str, Any]) -> None:
     engine = speaker.engine()
     prompts = [PROMPTS[1], PROMPTS[3]]
