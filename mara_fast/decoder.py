@@ -191,7 +191,9 @@ class Decoder:
             device=lm.device,
             trace=config.trace and agent is not None,
         )
-        self.eos_ids = torch.tensor(eos_ids, dtype=torch.int64, device=lm.device)
+        # A tokenizer may know ids that the model never produces.
+        known = [token_id for token_id in eos_ids if token_id < vocab_size]
+        self.eos_ids = torch.tensor(known, dtype=torch.int64, device=lm.device)
 
     def prefill(self, slots: slice, ids_BT: Tensor, num_valid: Tensor, complete: Tensor) -> None:
         """One chunk of the prompts of some slots.

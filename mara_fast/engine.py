@@ -10,11 +10,13 @@ Slots are kept in the order [decoding | prefilling | free], so that every forwar
 contiguous range.
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -24,7 +26,7 @@ from mara_fast.collect import collect, stop_position
 from mara_fast.config import DecodingConfig
 from mara_fast.decoder import BAD_LOGITS, RUNNING, Decoder
 from mara_fast.language_model import AttentionPath, FrozenLM
-from mara_fast.loading import ModelLike, load_agent, load_model
+from mara_fast.loading import ModelLike, load_agent, load_model, load_tokenizer
 from mara_fast.outputs import DecodingStats, Generation, TokenEvent
 from mara_fast.prompts import encode_prompts
 from mara_fast.streaming import stream_events, stream_to
@@ -61,7 +63,8 @@ class Engine:
         model: hub id, path, loaded model, or ``"tiny"``.
         agent: :class:`MaraAgent`, folder or hub id. None: the agent a model brings along
             (``"tiny"`` does), else plain decoding. False: plain decoding.
-        tokenizer: None: the one at the model's path, if any. Without one prompts are token ids.
+        tokenizer: None: the one at the model's path, if any. False: none. Without one prompts are
+            token ids, and results have no text.
         max_batch_size: sequences decoded at once.
         max_length: most positions (prompt and answer) of a sequence; None: what the model allows.
         prefill_chunk: most prompt tokens per slot read in one forward.
@@ -78,7 +81,7 @@ class Engine:
         self,
         model: "ModelLike",
         agent: "MaraAgent | str | bool | None" = None,
-        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        tokenizer: "PreTrainedTokenizerBase | Literal[False] | None" = None,
         *,
         max_batch_size: int = 16,
         max_length: int | None = None,
@@ -94,8 +97,14 @@ class Engine:
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed; allowed: an integer >= 1")
-        loaded, own_tokenizer = load_model(model, dtype=dtype, device=device)
-        self.tokenizer = tokenizer if tokenizer is not None else own_tokenizer
+        if not (tokenizer is None or tokenizer is False or hasattr(tokenizer, "decode")):
+            raise ValueError(
+                f"tokenizer must be a tokenizer, None or False, got {type(tokenizer).__name__}"
+            )
+        loaded = load_model(model, dtype=dtype, device=device)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model)
+        self.tokenizer = tokenizer or None
         self.lm = FrozenLM(loaded, attention=attention)
         self.agent = load_agent(agent, model=model, lm=self.lm)
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
@@ -103,7 +112,8 @@ class Engine:
         if max_length is not None and limit is not None and max_length > limit:
             raise ValueError(f"max_length={max_length} exceeds the model's {limit} positions")
         self.max_length = max_length if max_length is not None else limit
-        self._caches: list[SlotCache] = []
+        self._idle_cache: SlotCache | None = None
+        self._cache_lock = threading.Lock()
 
     def config(self, config: DecodingConfig | None = None, **options: Any) -> DecodingConfig:
         """The options in force: those given, over ``config``, else the agent's own, else ours."""
@@ -192,10 +202,15 @@ class Engine:
         )
         if sequence_ids is None:
             sequence_ids = range(len(encoded))
+        if not isinstance(sequence_ids, Sequence) or not all(
+            isinstance(sequence, Integral)
+            and not isinstance(sequence, bool)
+            and 0 <= sequence < 2**63
+            for sequence in sequence_ids
+        ):
+            raise ValueError(f"sequence_ids must be integers in [0, 2**63), got {sequence_ids!r}")
         if len(sequence_ids) != len(encoded):
             raise ValueError(f"{len(sequence_ids)} sequence_ids for {len(encoded)} prompts")
-        if not all(0 <= sequence < 2**63 for sequence in sequence_ids):
-            raise ValueError("sequence_ids must be integers in [0, 2**63)")
         for index, (_, ids) in enumerate(encoded):
             needed = len(ids) + config.max_new_tokens
             if self.max_length is not None and needed > self.max_length:
@@ -205,7 +220,7 @@ class Engine:
                     f"{self.max_length}: shorten it or lower max_new_tokens"
                 )
         requests = [
-            Request(index=index, prompt=prompt, token_ids=ids, sequence=sequence)
+            Request(index=index, prompt=prompt, token_ids=ids, sequence=int(sequence))
             for index, ((prompt, ids), sequence) in enumerate(
                 zip(encoded, sequence_ids, strict=True)
             )
@@ -232,20 +247,21 @@ class Engine:
 
     def take_cache(self, *, num_slots: int, max_length: int, scratch: int) -> SlotCache:
         """A cache of at least this size that no other run is using."""
-        for cache in self._caches:
-            if (
-                cache.num_slots >= num_slots
-                and cache.max_length >= max_length
-                and cache.scratch >= scratch
-            ):
-                self._caches.remove(cache)
-                return cache
-        self._caches.clear()
+        with self._cache_lock:
+            cache, self._idle_cache = self._idle_cache, None
+        if (
+            cache is not None
+            and cache.num_slots >= num_slots
+            and cache.max_length >= max_length
+            and cache.scratch >= scratch
+        ):
+            return cache
         return SlotCache(num_slots=num_slots, max_length=max_length, scratch=scratch)
 
     def return_cache(self, cache: SlotCache) -> None:
-        """Keeps a cache for the next run."""
-        self._caches.append(cache)
+        """Keeps a cache for the next run; one is enough."""
+        with self._cache_lock:
+            self._idle_cache = cache
 
 
 def auto_window(num_slots: int, *, examines_all: bool, lm: FrozenLM) -> int:

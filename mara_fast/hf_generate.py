@@ -82,7 +82,7 @@ def custom_generate(
                 stacklevel=2,
             )
     if engine is None:
-        engine = Engine(model, agent if agent is not None else False)
+        engine = Engine(model, agent if agent is not None else False, False)
     elif engine.lm.model is not model or agent is not None:
         raise ValueError("engine= must be made for this model, and has its own agent")
 

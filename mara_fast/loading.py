@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -22,8 +21,8 @@ TINY = "tiny"
 
 def load_model(
     model: ModelLike, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
-) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase | None]":
-    """A causal LM and the tokenizer at its path.
+) -> "PreTrainedModel":
+    """A causal LM in eval mode.
 
     Args:
         model: hub id, path, ``"tiny"``, or a loaded model, which is used as it is.
@@ -34,7 +33,7 @@ def load_model(
         ValueError: unknown dtype or device, a model that is not a causal LM.
         OSError: nothing at this path or hub id.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+    from transformers import AutoModelForCausalLM, PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
         for name, value in (("dtype", dtype), ("device", device)):
@@ -43,7 +42,7 @@ def load_model(
                     f"{name}={value!r} has no effect: the model is loaded already; use model.to()",
                     stacklevel=3,
                 )
-        return model, _tokenizer_of(model.config._name_or_path)
+        return model
     if not isinstance(model, str | os.PathLike):
         raise ValueError(
             f"model must be a hub id, a path, a PreTrainedModel or {TINY!r}, "
@@ -54,10 +53,27 @@ def load_model(
     if model == TINY:
         from mara_fast import tiny
 
-        lm, tokenizer = tiny.load(dtype=torch.float32 if kind == "auto" else kind)
-        return lm.to(place), tokenizer
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=kind)
-    return loaded.to(place).eval(), _quietly(lambda: AutoTokenizer.from_pretrained(model))
+        lm, _ = tiny.load(dtype=torch.float32 if kind == "auto" else kind)
+        return lm.to(place)
+    return AutoModelForCausalLM.from_pretrained(model, dtype=kind).to(place).eval()
+
+
+def load_tokenizer(model: ModelLike) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer at a model's path; None if there is none: prompts are then token ids."""
+    from transformers import AutoTokenizer, PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        model = model.config._name_or_path
+    if model == TINY:
+        from mara_fast import tiny
+
+        model = tiny.LM_PATH
+    if not model:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError, ImportError):
+        return None
 
 
 def load_agent(
@@ -91,21 +107,6 @@ def load_agent(
         if not parameter.isfinite().all():
             raise ValueError(f"the agent's {name} holds NaN or infinite values")
     return agent.to(lm.device)
-
-
-def _tokenizer_of(name: str) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer a loaded model came with, if it is still to be had."""
-    from transformers import AutoTokenizer
-
-    return _quietly(lambda: AutoTokenizer.from_pretrained(name)) if name else None
-
-
-def _quietly(load: "Callable[[], Any]") -> Any:
-    # A model without a tokenizer is fine: its prompts are token ids.
-    try:
-        return load()
-    except (OSError, ValueError, KeyError, ImportError):
-        return None
 
 
 def _device(device: str | torch.device) -> torch.device:
