@@ -1,7 +1,7 @@
 # Every target makes the virtual environment it needs; nothing is reinstalled when nothing changed.
 #
 #   make test PYTHON=python3.12   another Python
-#   make test VENV=/tmp/mara      another virtual environment (an existing one keeps its torch)
+#   make test VENV=../mara-venv   another virtual environment (an existing one keeps its torch)
 #   make test WORKERS=8           pytest in eight processes
 #   make gpu INSTALL=no           no virtual environment and no network: what PYTHON has must do
 

@@ -10,6 +10,7 @@ of either quality come in a fixed order, some left out: no answer says the same 
 """
 
 import random
+from abc import ABC, abstractmethod
 
 from mara_fast.tiny.sentences import Kind, write
 from mara_fast.tiny.topics import Topic
@@ -42,7 +43,7 @@ def write_answer(topic: Topic, *, lean: float, rng: random.Random) -> str:
     return " ".join(writer.texts)
 
 
-class _Writer:
+class _Writer(ABC):
     """The sentences so far, and the bodies that are left of either quality."""
 
     def __init__(
@@ -53,9 +54,9 @@ class _Writer:
         self.texts: list[str] = []
         self._left = {True: good, False: bad}
 
+    @abstractmethod
     def open(self, *, good: bool) -> float:
         """Writes the first sentence; the probability that it is the last one, too."""
-        raise NotImplementedError
 
     def go_on(self, *, good: bool) -> None:
         """Writes one of the next two bodies of that quality, if any is left."""
@@ -66,9 +67,9 @@ class _Writer:
             kind, index = left.pop(0)
             self.add(kind, index=index)
 
+    @abstractmethod
     def close(self, *, good: bool) -> None:
         """Writes the last sentence, or none."""
-        raise NotImplementedError
 
     def add(self, kind: Kind, *, index: int = 0) -> None:
         first = len(self.texts) == 1
