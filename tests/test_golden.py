@@ -1,5 +1,6 @@
 """The engine against outputs of the MARA authors' own code, where those are at hand."""
 
+import re
 from collections import defaultdict
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import golden
 from mara_fast import Engine, MaraAgent
+from mara_fast.prompts import encode_prompts
 from mara_kernels.score import score
 from mara_kernels.truncate import truncate
 
@@ -108,3 +110,27 @@ def test_traces(name: str) -> None:
                 break  # max_prob scores every candidate, and leaves the recorded path in time
             traced = result.trace[index].candidates
             assert [c.token_id for c in traced] == position["cand"]
+
+
+@pytest.mark.parametrize("name", golden.model_names())
+def test_official_prompt_format(name: str) -> None:
+    """The recorded prompts, taken apart and encoded again: chat template, and BOS twice."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(golden.model_path(name))
+    for ids in golden.input_ids(name).values():
+        chats = _user_texts(tokenizer.decode(ids, skip_special_tokens=False))
+        if len(chats) != 1:
+            pytest.skip("a chat format that this test cannot take apart")
+        [(_, encoded)] = encode_prompts(
+            chats[0], tokenizer=tokenizer, prompt_format="official", vocab_size=len(tokenizer)
+        )
+        assert encoded == ids
+
+
+def _user_texts(text: str) -> list[str]:
+    """What the user said, in the chat formats of the golden models."""
+    found = re.findall(
+        r"<\|end_header_id\|>\n\n(.*?)<\|eot_id\|>|\[INST\] ?(.*?) ?\[/INST\]", text, re.DOTALL
+    )
+    return [llama or mistral for llama, mistral in found]

@@ -204,6 +204,17 @@ def test_infinite_logits_are_an_error() -> None:
     assert result.finish_reason == "error" and "position 2 " in result.error
 
 
+@pytest.mark.parametrize("host_reads", [True, False])
+def test_eos_as_the_only_candidate(host_reads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is emitted unasked, from the prefill alone, and the slot goes on to the next prompt."""
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: host_reads)
+    engine = make_engine()
+    for result in engine.generate(prompts_for(engine), top_k=1, eos_token_id=tuple(range(256))):
+        assert result.finish_reason == "eos" and len(result.token_ids) == 1
+        assert result.tokens[0].verdict == "forced"
+        assert result.stats.num_forwards == -(-len(result.prompt) // 5)
+
+
 def test_slots_move_with_their_sequences() -> None:
     """Sequences of very unequal length: every free slot is refilled, and rows keep their own."""
     engine = make_engine("gemma2")
