@@ -26,7 +26,7 @@ def test_embedded_agent_accepts_rank_0_about_seven_times_in_ten():
     stats = sum((result.stats for result in results), DecodingStats())
     assert 0.55 < stats.rank0_accepted_frac < 0.85
     assert 0 < stats.num_all_rejected < stats.num_decided
-    assert len(stats.accepted_ranks) > 3
+    assert len(stats.accepted_ranks) >= 3
 
 
 def test_calibration_reaches_its_target_and_is_deterministic():
