@@ -1,5 +1,6 @@
 """Accept logits to a decision."""
 
+from mara_kernels.cascade.api import cascade
 from mara_kernels.cascade.philox import acceptance_uniforms, philox_words
 from mara_kernels.cascade.reference import (
     ACCEPTANCES,
@@ -13,7 +14,6 @@ from mara_kernels.cascade.reference import (
     Held,
     Order,
     Strategy,
-    cascade,
     rank_of_tried,
 )
 

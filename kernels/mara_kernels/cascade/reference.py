@@ -109,23 +109,7 @@ def cascade(
     sequence: Tensor,
     position: Tensor,
 ) -> Decision:
-    """Decides a window of candidates per slot.
-
-    A set of size 1 is forced: its candidate is taken whatever its accept logit. A slot with
-    nothing left (``offset >= size``, or size 0) decides nothing.
-
-    Args:
-        accept_logit_BW: float32 [B, W], d of the candidates tried at ``offset``, ``offset`` + 1...
-        offset: int64 [B], candidates tried before this window.
-        size: int64 [B], size of the candidate set.
-        held: from the previous window of the position.
-        rule: acceptance, strategy, fallback, order, seed.
-        sequence: int64 [B], index of the sequence, keys the draw.
-        position: int64 [B], index of the output token, keys the draw.
-
-    Returns:
-        The decision. No host synchronisation.
-    """
+    """Decides a window of candidates per slot; arguments as those of the operation."""
     d = accept_logit_BW
     num_slots, window = d.shape
     column = torch.arange(window, device=d.device)
@@ -156,7 +140,8 @@ def cascade(
     any_accepted = accepted.any(-1)
     eligible = torch.where(any_accepted[:, None], accepted, inside)
     preference = torch.where(any_accepted[:, None], when_accepted.float(), when_rejected.float())
-    preference = preference.masked_fill(~eligible, -torch.inf)
+    # NaN is preferred to nothing.
+    preference = preference.masked_fill(~eligible | preference.isnan(), -torch.inf)
     best_preference, best_row = preference.max(-1)
     # max() promises no order among equals; the first tried wins.
     best_row = (preference == best_preference[:, None]).int().argmax(-1)
@@ -180,6 +165,7 @@ def cascade(
     # [B, W+1]: that everything before the candidate is rejected; the last column carries on.
     log_rejected = torch.cat((log_residual[:, None], log_reject), dim=-1).cumsum(-1)
     log_prob = F.logsigmoid(shifted) + log_rejected[:, :-1]
+    log_prob = log_prob.masked_fill(~inside, -torch.inf)
     return Decision(
         row=torch.where(better, best_row, -1),
         decided=decided,

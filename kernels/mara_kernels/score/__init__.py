@@ -1,5 +1,7 @@
 """Hidden states to accept logits."""
 
-from mara_kernels.score.reference import AgentParameters, score
+from mara_kernels.score.api import score
+from mara_kernels.score.fold import FoldCache
+from mara_kernels.score.reference import AgentParameters
 
-__all__ = ["AgentParameters", "score"]
+__all__ = ["AgentParameters", "FoldCache", "score"]

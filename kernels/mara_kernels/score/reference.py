@@ -35,19 +35,13 @@ class AgentParameters(NamedTuple):
 
 
 def score(states: Tensor, parameters: AgentParameters) -> Tensor:
-    """Accept logits of hidden states.
-
-    Args:
-        states: [N, H], any floating dtype; computed in the dtype of the parameters.
-        parameters: the accept model.
-
-    Returns:
-        d, float32 [N]. The accept probability is ``sigmoid(d)``.
-    """
+    """Accept logits, float32 [N], of states [N, H]; computed in the dtype of the parameters."""
     p = parameters
     x = states.to(p.weight1.dtype)
     x = F.layer_norm(x, (x.shape[-1],), p.norm_weight, p.norm_bias, p.norm_eps)
     x = torch.relu(F.linear(x, p.weight1, p.bias1))
     x = torch.relu(F.linear(x, p.weight2, p.bias2))
-    z = F.linear(x, p.weight3, p.bias3).float()
+    z = F.linear(x, p.weight3, p.bias3)
+    if z.dtype != torch.float64:
+        z = z.float()
     return z[..., 1] - z[..., 0]

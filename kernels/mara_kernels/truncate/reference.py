@@ -28,37 +28,18 @@ class CandidateSet(NamedTuple):
 
 
 def truncate(
-    logits: Tensor, *, top_k: int, top_p: float, temperature: float = 1.0, capacity: int = 64
+    logits: Tensor, *, top_k: int, top_p: float, temperature: float, capacity: int
 ) -> CandidateSet:
-    """The candidate set of each row of logits.
-
-    Equals transformers' ``TopKLogitsWarper`` followed by ``TopPLogitsWarper`` on the log-softmax,
-    with equal probabilities ordered by id.
-
-    Args:
-        logits: [B, V], any floating dtype; computed in float32.
-        top_k: tokens kept before top-p; 0 or anything above V means all.
-        top_p: probability mass kept of the renormalised top-k, in [0, 1].
-        temperature: divides the logits, > 0.
-        capacity: columns C of the result, at least ``min(top_k, V)``; capped at V.
-
-    Returns:
-        The set, see :class:`CandidateSet`. No host synchronisation.
-
-    Raises:
-        ValueError: if capacity is smaller than the top-k asked for.
-    """
+    """The candidate set of each row of logits; arguments as those of the operation, with
+    ``1 <= top_k <= capacity <= V``."""
     vocab_size = logits.shape[-1]
-    k = min(top_k, vocab_size) if top_k > 0 else vocab_size
-    capacity = min(capacity, vocab_size)
-    if capacity < k:
-        raise ValueError(f"capacity={capacity} is too small for top_k={k}: give capacity >= top_k")
-
     logprob_BV = torch.log_softmax(logits.float() / temperature, dim=-1)
     top_BC, id_BC = _largest(logprob_BV, capacity)
-    kth_B1 = top_BC[:, k - 1 : k]
-    # The last column ties with the k-th: further ties may have found no column.
-    overflows_B = (top_BC[:, -1:] >= kth_B1)[:, 0] if capacity < vocab_size else None
+    kth_B1 = top_BC[:, top_k - 1 : top_k]
+    # The last column ties with the k-th: further ties may have found no column. Ties at -inf have no
+    # mass and are dropped by top-p in any case.
+    last_B1 = top_BC[:, -1:]
+    overflows_B = ((last_B1 >= kth_B1) & (last_B1 > -torch.inf))[:, 0]
 
     # topk leaves ties in no order: sort by id, then stably by value.
     id_BC, by_id = id_BC.sort(dim=-1)
@@ -69,7 +50,7 @@ def truncate(
     prob_BC = torch.softmax(top_BC.masked_fill(top_BC < kth_B1, -torch.inf), dim=-1)
     tail_mass_BC = prob_BC.flip(-1).cumsum(-1).flip(-1)
     size_B = (tail_mass_BC > 1 - top_p).sum(-1).clamp_(min=1)
-    if overflows_B is not None:
+    if capacity < vocab_size:
         size_B.masked_fill_(overflows_B, capacity + 1)
     size_B *= top_BC[:, 0].isfinite()
     column = torch.arange(capacity, device=logits.device)

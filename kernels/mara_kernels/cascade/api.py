@@ -1,0 +1,65 @@
+"""The cascade: accept logits of a window to a decision, by Triton on a GPU and by torch elsewhere."""
+
+import torch
+from torch import Tensor
+
+from mara_kernels import dispatch
+from mara_kernels.cascade import reference
+from mara_kernels.cascade.reference import CascadeRule, Decision, Held
+
+
+def cascade(
+    accept_logit_BW: Tensor,
+    *,
+    offset: Tensor,
+    size: Tensor,
+    held: Held,
+    rule: CascadeRule,
+    sequence: Tensor,
+    position: Tensor,
+) -> Decision:
+    """Decides a window of candidates per slot.
+
+        for candidate in the order tried:                 MARA section 3.2, Eq. 5
+            accepted?  greedy: d > logit(threshold)    sampled: u(seed, sequence, position, rank) < p
+            first accepted -> chosen                   (strategy "first")
+        none accepted -> fallback
+
+    A set of size 1 is forced: its candidate is taken whatever its accept logit. A slot with
+    nothing left (``offset >= size``, or size 0) decides nothing.
+
+    Args:
+        accept_logit_BW: float32 [B, W], d of the candidates tried at ``offset``, ``offset`` + 1...
+        offset: int64 [B], candidates tried before this window.
+        size: int64 [B], size of the candidate set.
+        held: from the previous window of the position.
+        rule: acceptance, strategy, fallback, order, seed.
+        sequence: int64 [B], index of the sequence, keys the draw.
+        position: int64 [B], index of the output token, keys the draw.
+
+    Returns:
+        The decision. No host synchronisation.
+
+    Raises:
+        ValueError: if the accept logits are no float32 matrix.
+    """
+    if accept_logit_BW.ndim != 2 or accept_logit_BW.dtype != torch.float32:
+        raise ValueError(
+            "accept_logit_BW must be a float32 [B, W] tensor, got "
+            f"{accept_logit_BW.dtype} of {tuple(accept_logit_BW.shape)}"
+        )
+    body = reference.cascade
+    if dispatch.choose("cascade", accept_logit_BW.device).name == "triton":
+        from mara_kernels.cascade import kernel
+
+        if accept_logit_BW.shape[1] <= kernel.MAX_WINDOW:
+            body = kernel.cascade_triton
+    return body(
+        accept_logit_BW,
+        offset=offset,
+        size=size,
+        held=held,
+        rule=rule,
+        sequence=sequence,
+        position=position,
+    )

@@ -1,0 +1,60 @@
+"""Truncation: logits to an ordered candidate set, by Triton on a GPU and by torch elsewhere."""
+
+from torch import Tensor
+
+from mara_kernels import dispatch
+from mara_kernels.truncate import reference
+from mara_kernels.truncate.reference import CandidateSet
+
+
+def truncate(
+    logits: Tensor, *, top_k: int, top_p: float, temperature: float = 1.0, capacity: int = 64
+) -> CandidateSet:
+    """The candidate set of each row of logits.
+
+        logprob = log_softmax(logits / temperature)            over the full vocabulary, float32
+        top-k:  keep every token >= the k-th largest           ties are inclusive
+        top-p:  keep a token iff the mass from it to the tail of the kept is > 1 - top_p
+        order:  probability descending, ties by lower id
+
+    Equals transformers' ``TopKLogitsWarper`` followed by ``TopPLogitsWarper`` on the log-softmax,
+    with equal probabilities ordered by id. The Triton body reads the logits once and needs
+    capacities of at most 128, vocabularies of at most 262144 and bf16, fp16 or float32 logits; the
+    rest is done by the torch body.
+
+    Args:
+        logits: [B, V], any floating dtype; computed in float32.
+        top_k: tokens kept before top-p; 0 or anything above V means all.
+        top_p: probability mass kept of the renormalised top-k, in [0, 1].
+        temperature: divides the logits, > 0.
+        capacity: columns C of the result, at least ``min(top_k, V)``; capped at V.
+
+    Returns:
+        The set, see :class:`CandidateSet`. No host synchronisation.
+
+    Raises:
+        ValueError: if the logits are no matrix of floats, or capacity is smaller than the top-k
+            asked for.
+    """
+    if logits.ndim != 2 or not logits.is_floating_point():
+        raise ValueError(
+            f"logits must be a floating [B, V] tensor, got {logits.dtype} of {tuple(logits.shape)}"
+        )
+    vocab_size = logits.shape[1]
+    top_k = min(top_k, vocab_size) if top_k > 0 else vocab_size
+    capacity = min(capacity, vocab_size)
+    if capacity < top_k:
+        raise ValueError(f"capacity={capacity} is too small for top_k={top_k}: give at least that")
+    options = {
+        "top_k": top_k,
+        "top_p": top_p,
+        "temperature": temperature,
+        "capacity": capacity,
+    }
+    if dispatch.choose("truncate", logits.device).name == "triton":
+        from mara_kernels.truncate import kernel
+
+        if kernel.covers(logits, capacity):
+            architecture = dispatch.architecture(logits.device)
+            return kernel.truncate_triton(logits, architecture=architecture, **options)
+    return reference.truncate(logits, **options)
