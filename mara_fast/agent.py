@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mara_fast.card import is_hub_id, model_card
 from mara_fast.config import DecodingConfig
-from mara_kernels.score import AgentParameters, score
+from mara_kernels.score import AgentParameters, FoldCache, score
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -79,6 +79,7 @@ class MaraAgent(nn.Module):
         self.linear1 = nn.Linear(hidden_size, inner_size)
         self.linear2 = nn.Linear(inner_size, inner_size // 4)
         self.output_linear = nn.Linear(inner_size // 4, 2)
+        self._fold_cache = FoldCache()
 
     @property
     def parameters_for_scoring(self) -> AgentParameters:
@@ -110,7 +111,8 @@ class MaraAgent(nn.Module):
             float32 [...]. The accept probability is its sigmoid.
         """
         flat = states.reshape(-1, states.shape[-1])
-        return score(flat, self.parameters_for_scoring).view(states.shape[:-1])
+        d = score(flat, self.parameters_for_scoring, cache=self._fold_cache)
+        return d.view(states.shape[:-1])
 
     def forward(self, states: Tensor) -> Tensor:
         """Both logits, [..., 2]: reject, accept."""

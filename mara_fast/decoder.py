@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from mara_fast.agent import MaraAgent
-from mara_fast.attention import TreeContext, chain, siblings
+from mara_fast.attention import TreeContext
 from mara_fast.cache import SlotCache
 from mara_fast.config import DecodingConfig
 from mara_fast.language_model import FrozenLM
+from mara_kernels.attention import NewRows, Tree, chain, siblings
 from mara_kernels.cascade import Held, acceptance_uniforms, cascade, rank_of_tried
 from mara_kernels.truncate import CandidateSet, truncate
 
@@ -205,9 +206,9 @@ class Decoder:
             complete: bool [B], the prompt ends with this chunk.
         """
         state = self.state.narrowed(slots)
-        ancestors, depths = chain(ids_BT.shape[1], ids_BT.device)
-        base = self._base(state)
-        hidden = self._forward(slots, state, ids_BT, ancestors, depths, base)
+        tree = chain(ids_BT.shape[1], ids_BT.device)
+        depths, base = tree.depths, self._base(state)
+        hidden = self._forward(slots, state, ids_BT, tree, base)
         valid = depths < num_valid[:, None]
         source = (base + depths).expand_as(ids_BT)
         destination = torch.where(valid, state.length[:, None] + depths, self.cache.trash)
@@ -296,9 +297,9 @@ class Decoder:
         rank = rank_of_tried(tried, size[:, None], self.rule.order)
         rank = rank.clamp(min=0, max=state.candidate_ids.shape[1] - 1)
         ids_BW = state.candidate_ids.gather(1, rank)
-        ancestors, depths = siblings(window, ids_BW.device)
         base = self._base(state)
-        hidden_BWH = self._forward(slots, state, ids_BW, ancestors, depths, base)
+        tree = siblings(window, ids_BW.device)
+        hidden_BWH = self._forward(slots, state, ids_BW, tree, base)
         return rank, ids_BW, hidden_BWH, base
 
     def _base(self, state: SlotState) -> int:
@@ -308,27 +309,22 @@ class Decoder:
         return int((state.length + (state.offset > 0)).max())
 
     def _forward(
-        self,
-        slots: slice,
-        state: SlotState,
-        ids_BT: Tensor,
-        ancestors: Tensor,
-        depths: Tensor,
-        base: int,
+        self, slots: slice, state: SlotState, ids_BT: Tensor, tree: Tree, base: int
     ) -> Tensor:
         """[B, T, H] of new rows behind the slots' prefixes."""
         one_row = ids_BT.shape[1] == 1
-        context = TreeContext(
+        rows = NewRows(
             lengths=state.length,
-            ancestors=ancestors,
-            depths=depths,
+            tree=tree,
             base=base,
             see_everything=self.host_reads and one_row and bool((state.length == base).all()),
         )
         # Padding and idle rows may point past the end; no row that counts does.
-        positions = (state.length[:, None] + depths).clamp(max=self.cache.max_length - 1)
+        positions = (state.length[:, None] + tree.depths).clamp(max=self.cache.max_length - 1)
         self.cache.select(slots, base=base)
-        return self.lm.hidden_states(ids_BT, positions=positions, cache=self.cache, context=context)
+        return self.lm.hidden_states(
+            ids_BT, positions=positions, cache=self.cache, context=TreeContext(rows=rows)
+        )
 
     def _commit(self, chosen: Tensor, source: Tensor, destination: Tensor) -> None:
         """Keeps one new row per slot where chosen."""

@@ -7,9 +7,9 @@ import sys
 import torch
 
 from mara_fast import __version__
+from mara_kernels import dispatch
 
 _PACKAGES = ("transformers", "triton", "flash-attn", "numpy", "safetensors", "huggingface_hub")
-_KERNELS = ("truncate", "score", "cascade", "attention")
 
 
 def environment() -> dict[str, str]:
@@ -34,6 +34,8 @@ def environment() -> dict[str, str]:
             )
     else:
         found["cuda"] = "no device"
-    for name in _KERNELS:
-        found[name] = "torch reference: the only body of this version"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for operation in dispatch.OPERATIONS:
+        body = dispatch.choose(operation, device)
+        found[operation] = f"{body.name} ({body.reason})"
     return found

@@ -23,11 +23,10 @@ from mara_fast.attention import (
     ATTENTION_NAME,
     CONTEXT_KEYWORD,
     TreeContext,
-    chain,
     register_attention,
-    siblings,
 )
 from mara_fast.cache import SlotCache
+from mara_kernels.attention import NewRows, chain, siblings
 
 AttentionPath = Literal["auto", "candidate", "stock"]
 ATTENTION_PATHS = ("auto", "candidate", "stock")
@@ -195,11 +194,12 @@ class FrozenLM:
 
     def _explicit_masks(self, context: TreeContext) -> Any:
         def mask(sliding_window: int | None) -> Tensor:
-            visible = context.visible(sliding_window)
+            rows = context.rows
+            visible = rows.visible(sliding_window)
             if visible is None:
-                num_slots, num_rows = context.lengths.shape[0], context.depths.shape[0]
-                size = (num_slots, num_rows, context.base + num_rows)
-                visible = torch.ones(size, dtype=torch.bool, device=context.lengths.device)
+                num_slots, num_rows = rows.lengths.shape[0], rows.tree.depths.shape[0]
+                size = (num_slots, num_rows, rows.base + num_rows)
+                visible = torch.ones(size, dtype=torch.bool, device=rows.lengths.device)
             visible = visible[:, None]
             if self.model.config._attn_implementation == "sdpa":
                 return visible
@@ -283,19 +283,14 @@ class FrozenLM:
         cache = SlotCache(num_slots=2, max_length=8, scratch=3)
         windows_seen: dict[int, int | None] = {}
 
-        def run(rows: Tensor, start: list[int], tree: Any, base: int) -> Tensor:
-            ancestors, depths = tree(rows.shape[1], device)
+        def run(ids: Tensor, start: list[int], tree: Any, base: int) -> Tensor:
+            shape = tree(ids.shape[1], device)
             length = torch.tensor(start, device=device)
             cache.select(slice(0, 2), base=base)
-            context = TreeContext(
-                lengths=length,
-                ancestors=ancestors,
-                depths=depths,
-                base=base,
-                windows_seen=windows_seen,
-            )
-            positions = length[:, None] + depths
-            return self.hidden_states(rows, positions=positions, cache=cache, context=context)
+            rows = NewRows(lengths=length, tree=shape, base=base)
+            context = TreeContext(rows=rows, windows_seen=windows_seen)
+            positions = length[:, None] + shape.depths
+            return self.hidden_states(ids, positions=positions, cache=cache, context=context)
 
         run(ids[:, :2], [0, 0], chain, 0)
         run(ids[:, 2:5], [2, 2], chain, 2)

@@ -1,5 +1,6 @@
 """Properties of the step itself: nothing read on the host, NaN contained, mutations noticed."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,13 +8,14 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import mara_fast.attention
 import mara_fast.decoder
+import mara_kernels.attention.rows
 from architectures import ARCHITECTURES, random_prompt
 from exactness import check_exact, random_agent
 from mara_fast import Engine
 from mara_fast.cache import SlotCache
 from mara_fast.decoder import Decoder
+from mara_kernels.attention import Tree
 
 PROMPT_LENGTHS = (12, 3, 7)
 
@@ -79,32 +81,32 @@ def test_the_guard_notices_a_host_read() -> None:
 
 def _length_off_by(delta: int) -> Callable[[pytest.MonkeyPatch], None]:
     def mutate(monkeypatch: pytest.MonkeyPatch) -> None:
-        original = mara_fast.attention.visibility
+        original = mara_kernels.attention.rows.visibility
 
         def visibility(lengths: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             return original((lengths + delta).clamp(min=0), *args, **kwargs)
 
-        monkeypatch.setattr(mara_fast.attention, "visibility", visibility)
+        monkeypatch.setattr(mara_kernels.attention.rows, "visibility", visibility)
 
     return mutate
 
 
 def _window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = mara_fast.attention.visibility
+    original = mara_kernels.attention.rows.visibility
 
     def visibility(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> torch.Tensor:
         wider = None if sliding_window is None else sliding_window + 1
         return original(*args, sliding_window=wider, **kwargs)
 
-    monkeypatch.setattr(mara_fast.attention, "visibility", visibility)
+    monkeypatch.setattr(mara_kernels.attention.rows, "visibility", visibility)
 
 
 def _position_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     original = mara_fast.decoder.siblings
 
-    def siblings(num_rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        ancestors, depths = original(num_rows, device)
-        return ancestors, depths + 1
+    def siblings(num_rows: int, device: torch.device) -> Tree:
+        tree = original(num_rows, device)
+        return dataclasses.replace(tree, depths=tree.depths + 1)
 
     monkeypatch.setattr(mara_fast.decoder, "siblings", siblings)
 
@@ -112,9 +114,9 @@ def _position_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def _siblings_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     original = mara_fast.decoder.siblings
 
-    def siblings(num_rows: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        ancestors, depths = original(num_rows, device)
-        return ancestors.fill_(True), depths
+    def siblings(num_rows: int, device: torch.device) -> Tree:
+        tree = original(num_rows, device)
+        return dataclasses.replace(tree, ancestors=torch.ones_like(tree.ancestors))
 
     monkeypatch.setattr(mara_fast.decoder, "siblings", siblings)
 

@@ -43,9 +43,9 @@ _INSTRUCTIONS = {
     # Copies to shared memory that do not wait: Ampere's, Hopper's.
     "async_copy": r"\b(?:LDGSTS|UBLKCP|UTMALDG|(?:buffer|global)_load_lds\w*)\b",
     # Loads of 16 bytes a thread.
-    "wide_load": r"\b(?:LDG\.E\.(?:\w+\.)*128|(?:global|buffer)_load_dwordx4)",
+    "wide_load": r"\bLDG\.E\.(?:\w+\.)*128|\b(?:global|buffer)_load_dwordx4",
     # Loads of 1 or 2 bytes a thread.
-    "narrow_load": r"\b(?:LDG\.E\.(?:\w+\.)*[US](?:8|16)|(?:global|buffer)_load_[us](?:byte|short))",
+    "narrow_load": r"\bLDG\.E\.(?:\w+\.)*[US](?:8|16)|\b(?:global|buffer)_load_[us](?:byte|short)",
     "local": r"\b(?:LDL|STL|scratch_(?:load|store)\w*)\b",
     "barrier": r"\b(?:BAR\.SYNC|s_barrier)",
 }
@@ -323,7 +323,82 @@ def score_cases() -> list[Case]:
     ]
 
 
-CASES: dict[str, Callable[[], list[Case]]] = {"truncate": truncate_cases, "cascade": cascade_cases, "score": score_cases}
+def attention_cases() -> list[Case]:
+    """Every configuration of every head size; windows, chunks and trees; windows and soft-caps."""
+    from mara_kernels.attention.kernel import attention_triton
+    from mara_kernels.attention.rows import NewRows, Tree
+
+    def case(
+        shape: tuple[int, int, int],
+        kind: str,
+        num_rows: int,
+        dtype: torch.dtype = torch.bfloat16,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        num_splits: int = 4,
+    ) -> Case:
+        num_heads, num_kv_heads, head_size = shape
+        tree = Tree(
+            kind=kind,  # type: ignore[arg-type]
+            ancestors=_meta(num_rows, num_rows, dtype=torch.bool),
+            depths=_meta(num_rows, dtype=torch.int64),
+            bits=_meta(num_rows, dtype=torch.int64),
+        )
+        rows = NewRows(lengths=_meta(8, dtype=torch.int64), tree=tree, base=4096)
+        buffer = _meta(8, num_kv_heads, 4096 + 512, head_size, dtype=dtype)
+        query = _meta(8, num_rows, num_heads, head_size, dtype=dtype).transpose(1, 2)
+        extras = "".join((" window" * bool(window), " softcap" * bool(softcap), " sinks" * sinks))
+        heads = "/".join(map(str, shape))
+        return Case(
+            "attention",
+            f"{heads} {kind} W={num_rows} {_SHORT[dtype]}{extras}",
+            lambda architecture: attention_triton(
+                query,
+                buffer,
+                buffer,
+                rows,
+                scale=0.1,
+                sliding_window=window,
+                softcap=softcap,
+                sinks=_meta(num_heads, dtype=dtype) if sinks else None,
+                architecture=architecture,
+                num_processors=132,
+                num_splits=num_splits,
+            ),
+        )
+
+    large, small = (32, 8, 128), (14, 2, 64)
+    return [
+        *(
+            case(shape, "siblings", num_rows, num_splits=num_splits)
+            for shape in (large, small, (32, 32, 80), (32, 32, 96), (16, 8, 256))
+            for num_rows, num_splits in ((1, 1), (8, 4), (40, 4))
+        ),
+        *(
+            case(shape, "chain", 512, num_splits=1)
+            for shape in (large, small, (32, 32, 80), (32, 32, 96), (16, 8, 256))
+        ),
+        case(large, "tree", 40),
+        case(small, "tree", 16),
+        case((16, 8, 256), "tree", 16),
+        case((16, 8, 256), "siblings", 8, window=4096, softcap=50.0),
+        case((16, 8, 256), "chain", 512, window=4096, softcap=50.0, num_splits=1),
+        case((64, 8, 64), "siblings", 8, window=128, sinks=True),
+        case((64, 8, 64), "siblings", 8, window=128, sinks=True, num_splits=1),
+        case(large, "siblings", 8, torch.float16),
+        case(large, "siblings", 8, torch.float32),
+        case(small, "siblings", 8, torch.float32),
+        case(large, "chain", 512, torch.float32, num_splits=1),
+    ]
+
+
+CASES: dict[str, Callable[[], list[Case]]] = {
+    "truncate": truncate_cases,
+    "cascade": cascade_cases,
+    "score": score_cases,
+    "attention": attention_cases,
+}
 
 
 def compile_operation(architecture: str, operation: str) -> list[Resources]:

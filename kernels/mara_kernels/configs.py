@@ -101,3 +101,82 @@ def score_config(architecture: str, dtype: torch.dtype, num_states: int) -> Scor
     """For any hidden size."""
     table = _SCORE_FLOAT32 if dtype == torch.float32 else _SCORE_HALF[architecture]
     return next(c for most, c in table.items() if most is None or num_states <= most)
+
+
+class AttentionConfig(NamedTuple):
+    """Launch of attention. M packed rows: new rows times heads that share keys."""
+
+    block_m: int
+    block_n: int
+    """Keys per step."""
+    num_warps: int
+    num_stages: int
+    precision: str = "ieee"
+    """Of float32 products."""
+
+
+_AttentionTable = dict[int, dict[int | None, AttentionConfig]]
+
+# By the largest padded head size, then by the largest M they serve.
+_ATTENTION_HALF: dict[str, _AttentionTable] = {
+    "sm_80": {
+        64: {
+            16: AttentionConfig(16, 64, 4, 3),
+            64: AttentionConfig(64, 64, 4, 3),
+            None: AttentionConfig(128, 64, 8, 3),
+        },
+        128: {
+            16: AttentionConfig(16, 64, 4, 2),
+            64: AttentionConfig(64, 32, 8, 3),
+            None: AttentionConfig(128, 32, 8, 3),
+        },
+        256: {16: AttentionConfig(16, 32, 4, 2), None: AttentionConfig(32, 32, 8, 2)},
+    },
+    "sm_90": {
+        64: {
+            16: AttentionConfig(16, 64, 4, 4),
+            64: AttentionConfig(64, 64, 4, 4),
+            None: AttentionConfig(128, 64, 8, 3),
+        },
+        128: {
+            16: AttentionConfig(16, 64, 4, 3),
+            64: AttentionConfig(64, 64, 4, 3),
+            None: AttentionConfig(128, 64, 8, 3),
+        },
+        256: {16: AttentionConfig(16, 32, 4, 3), None: AttentionConfig(64, 32, 8, 3)},
+    },
+    "gfx942": {
+        64: {16: AttentionConfig(16, 64, 4, 2), None: AttentionConfig(64, 64, 4, 1)},
+        128: {
+            16: AttentionConfig(16, 64, 4, 1),
+            64: AttentionConfig(64, 32, 4, 2),
+            None: AttentionConfig(128, 32, 8, 2),
+        },
+        256: {16: AttentionConfig(16, 32, 4, 1), None: AttentionConfig(32, 32, 4, 1)},
+    },
+}
+_ATTENTION_HALF["sm_100"] = _ATTENTION_HALF["sm_90"]
+
+# Three products of tf32 are as good as one of float32, and need far fewer registers.
+_ATTENTION_FLOAT32: _AttentionTable = {
+    64: {None: AttentionConfig(16, 32, 4, 2, "tf32x3")},
+    128: {None: AttentionConfig(16, 32, 4, 2, "tf32x3")},
+}
+_ATTENTION_FLOAT32_CDNA: _AttentionTable = {
+    64: {None: AttentionConfig(16, 32, 4, 1)},
+    128: {None: AttentionConfig(16, 32, 4, 1)},
+}
+
+
+def attention_config(
+    architecture: str, dtype: torch.dtype, head_size: int, num_packed: int
+) -> AttentionConfig:
+    """For a head size padded to a power of two, at most 256 (float32: 128), and any M."""
+    if dtype != torch.float32:
+        table = _ATTENTION_HALF[architecture]
+    elif architecture == "gfx942":
+        table = _ATTENTION_FLOAT32_CDNA
+    else:
+        table = _ATTENTION_FLOAT32
+    by_rows = next(rows for most, rows in table.items() if head_size <= most)
+    return next(c for most, c in by_rows.items() if most is None or num_packed <= most)

@@ -1,4 +1,4 @@
-"""The cascade: accept logits of a window to a decision, by Triton on a GPU and by torch elsewhere."""
+"""The cascade: accept logits to a decision, by Triton on a GPU and by torch elsewhere."""
 
 import torch
 from torch import Tensor
@@ -20,8 +20,9 @@ def cascade(
 ) -> Decision:
     """Decides a window of candidates per slot.
 
-        for candidate in the order tried:                 MARA section 3.2, Eq. 5
-            accepted?  greedy: d > logit(threshold)    sampled: u(seed, sequence, position, rank) < p
+        for candidate in the order tried:              MARA section 3.2, Eq. 5
+            accepted?  greedy: d > logit(threshold)
+                       sampled: u(seed, sequence, position, rank) < sigmoid(d - logit(threshold))
             first accepted -> chosen                   (strategy "first")
         none accepted -> fallback
 

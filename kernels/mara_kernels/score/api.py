@@ -10,12 +10,8 @@ from mara_kernels.score import reference
 from mara_kernels.score.fold import FoldCache
 from mara_kernels.score.reference import AgentParameters
 
-_NUM_TENSORS = 8
 
-
-def score(
-    states: Tensor, parameters: AgentParameters, *, cache: FoldCache | None = None
-) -> Tensor:
+def score(states: Tensor, parameters: AgentParameters, *, cache: FoldCache | None = None) -> Tensor:
     """Accept logits of hidden states: the accept model of MARA section 3.2.
 
         d = z_accept - z_reject,   z = W3 relu(W2 relu(W1 layer_norm(h) + b1) + b2) + b3
@@ -46,7 +42,7 @@ def score(
         from mara_kernels.score import kernel
 
         if kernel.covers(states, parameters.weight1.shape[0]):
-            tensors = parameters[:_NUM_TENSORS]
+            tensors = parameters.tensors
             if torch.is_grad_enabled() and any(t.requires_grad for t in (states, *tensors)):
                 return FusedScore.apply(states, parameters.norm_eps, cache, *tensors)
             return _fused(states, parameters, cache)
@@ -80,7 +76,7 @@ class FusedScore(torch.autograd.Function):
         """d of the states; ``tensors`` are those of :class:`AgentParameters` in order."""
         ctx.save_for_backward(states, *tensors)
         ctx.norm_eps = norm_eps
-        parameters = AgentParameters(*tensors, norm_eps)
+        parameters = AgentParameters.of(tensors, norm_eps)
         if states.dtype == torch.float64:
             return reference.score(states, parameters)
         return _fused(states, parameters, cache)
@@ -96,8 +92,8 @@ class FusedScore(torch.autograd.Function):
                 for tensor, need in zip(ctx.saved_tensors, needed, strict=True)
             ]
             states, *tensors = inputs
-            rounded = AgentParameters(*(t.to(states.dtype) for t in tensors), ctx.norm_eps)
-            d = reference.score(states, rounded)
+            rounded = [tensor.to(states.dtype) for tensor in tensors]
+            d = reference.score(states, AgentParameters.of(rounded, ctx.norm_eps))
         wanted = [tensor for tensor in inputs if tensor.requires_grad]
         found = iter(torch.autograd.grad(d, wanted, grad_output))
         grads = [next(found) if need else None for need in needed]

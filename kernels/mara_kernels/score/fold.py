@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mara_kernels.score.reference import AgentParameters
 
-
 ALIGNMENT = 16
 """Elements: what a row's start must be a multiple of for loads of 16 bytes."""
 
@@ -40,7 +39,7 @@ class FoldedParameters(NamedTuple):
 
 def fold(parameters: AgentParameters, dtype: torch.dtype) -> FoldedParameters:
     """Folds in float32, rounds the two matrices to ``dtype``."""
-    p = [tensor.detach().float() for tensor in parameters[:8]]
+    p = [tensor.detach().float() for tensor in parameters.tensors]
     norm_weight, norm_bias, weight1, bias1, weight2, bias2, weight3, bias3 = p
     rounded1 = (weight1 * norm_weight).to(dtype)
     return FoldedParameters(
@@ -94,7 +93,7 @@ class _Kept:
     def __init__(self, parameters: AgentParameters, folded: FoldedParameters) -> None:
         self.folded = folded
         # Aliases: while they live no other tensor can come to lie at the same address.
-        self._aliases = [tensor.detach() for tensor in parameters[:8]]
+        self._aliases = [tensor.detach() for tensor in parameters.tensors]
         self._state = _state(parameters)
 
     def is_current(self, parameters: AgentParameters) -> bool:
@@ -104,7 +103,7 @@ class _Kept:
 
 def _state(parameters: AgentParameters) -> list[tuple[int, torch.dtype, int]] | None:
     """Where the parameters lie and how often each was written; None: that is not recorded."""
-    tensors = parameters[:8]
+    tensors = parameters.tensors
     if any(tensor.is_inference() for tensor in tensors):
         return None
     return [(tensor.data_ptr(), tensor.dtype, tensor._version) for tensor in tensors]

@@ -25,7 +25,9 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @triton.jit
-def _store_row_stats(states_ptr, stats_ptr, row, stride, hidden_size, norm_eps, BLOCK: tl.constexpr):
+def _store_row_stats(
+    states_ptr, stats_ptr, row, stride, hidden_size, norm_eps, BLOCK: tl.constexpr
+):
     """Mean and 1/std of a row, in two passes: one would lose a small variance behind a mean."""
     states_ptr += row.to(tl.int64) * stride
     column = tl.arange(0, BLOCK)
@@ -54,9 +56,7 @@ def row_stats(
     norm_eps,
     BLOCK: tl.constexpr,
 ):
-    _store_row_stats(
-        states_ptr, stats_ptr, tl.program_id(0), stride, hidden_size, norm_eps, BLOCK
-    )
+    _store_row_stats(states_ptr, stats_ptr, tl.program_id(0), stride, hidden_size, norm_eps, BLOCK)
 
 
 @triton.jit
@@ -123,12 +123,8 @@ def first_layer(
                 x = tl.load(x_ptr + at, mask=row_in[:, None], other=0.0)
                 w = tl.load(w_ptr + at, mask=i_in[None, :], other=0.0)
             else:
-                x = tl.load(
-                    x_ptr + at, mask=row_in[:, None] & (at + h[None, :] < width), other=0.0
-                )
-                w = tl.load(
-                    w_ptr + at, mask=i_in[None, :] & (at + h[:, None] < width), other=0.0
-                )
+                x = tl.load(x_ptr + at, mask=row_in[:, None] & (at + h[None, :] < width), other=0.0)
+                w = tl.load(w_ptr + at, mask=i_in[None, :] & (at + h[:, None] < width), other=0.0)
             total = tl.dot(x, w, total, input_precision="ieee")
         at = row[:, None].to(tl.int64) * inner_size + i[None, :]
         mask = row_in[:, None] & i_in[None, :]

@@ -5,6 +5,7 @@
 Shapes: N states, H hidden size, I inner size (1024 in the paper).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,16 @@ class AgentParameters(NamedTuple):
     bias3: Tensor
     """[2]"""
     norm_eps: float = 1e-5
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All but the epsilon."""
+        return self[:8]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor], norm_eps: float) -> "AgentParameters":
+        """From eight tensors in order."""
+        return cls(*tensors, norm_eps=norm_eps)  # type: ignore[misc, arg-type]
 
 
 def score(states: Tensor, parameters: AgentParameters) -> Tensor:

@@ -1,5 +1,8 @@
 """Truncation: logits to an ordered candidate set, by Triton on a GPU and by torch elsewhere."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 from mara_kernels import dispatch
@@ -45,16 +48,11 @@ def truncate(
     capacity = min(capacity, vocab_size)
     if capacity < top_k:
         raise ValueError(f"capacity={capacity} is too small for top_k={top_k}: give at least that")
-    options = {
-        "top_k": top_k,
-        "top_p": top_p,
-        "temperature": temperature,
-        "capacity": capacity,
-    }
+    body: Callable[..., CandidateSet] = reference.truncate
     if dispatch.choose("truncate", logits.device).name == "triton":
         from mara_kernels.truncate import kernel
 
         if kernel.covers(logits, capacity):
             architecture = dispatch.architecture(logits.device)
-            return kernel.truncate_triton(logits, architecture=architecture, **options)
-    return reference.truncate(logits, **options)
+            body = partial(kernel.truncate_triton, architecture=architecture)
+    return body(logits, top_k=top_k, top_p=top_p, temperature=temperature, capacity=capacity)

@@ -8,8 +8,8 @@
        W  = groups whose maximum is > t             fewer than C
        t' = max(t, C-th largest token of W)         the C-th largest token of the row, exactly:
                                                     every token > t lies in W
-       S  = tokens of W that are > t'               fewer than C, and all that may be kept:
-                                                    if the k-th ties with t', C columns may be too few
+       S  = tokens of W that are > t'               fewer than C, and all that may be kept: if the
+                                                    k-th ties with t', C columns may be too few
        rank by counting on (log-probability, ~id), apply the rule, store at the rank
 
 Strictly greater, twice: this is what bounds W and S whatever the ties. Nothing depends on how the

@@ -36,8 +36,8 @@ def truncate(
     logprob_BV = torch.log_softmax(logits.float() / temperature, dim=-1)
     top_BC, id_BC = _largest(logprob_BV, capacity)
     kth_B1 = top_BC[:, top_k - 1 : top_k]
-    # The last column ties with the k-th: further ties may have found no column. Ties at -inf have no
-    # mass and are dropped by top-p in any case.
+    # The last column ties with the k-th: further ties may have found no column. Ties at -inf have
+    # no mass and are dropped by top-p in any case.
     last_B1 = top_BC[:, -1:]
     overflows_B = ((last_B1 >= kth_B1) & (last_B1 > -torch.inf))[:, 0]
 
