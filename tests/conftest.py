@@ -7,7 +7,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny: a second thread costs more than it brings.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from typing import Any
+
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Read when Triton is imported: its kernels are interpreted then, where a test asks for them.
+    # Everything else, in the processes that tests start too, decodes with the torch bodies.
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["MARA_KERNELS"] = "torch"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,13 +29,43 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if slow:
             config.hook.pytest_deselected(items=slow)
             items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    if torch.cuda.is_available():
+        # What runs the Triton bodies runs them there.
+        for item in items:
+            if "device" in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.gpu)
     gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu and not has_gpu():
+    if gpu and not torch.cuda.is_available():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-def has_gpu() -> bool:
-    import torch
+@pytest.fixture
+def device(run_time_ranges: None) -> torch.device:
+    """Where the Triton bodies run: on a GPU if there is one, else interpreted."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    return torch.cuda.is_available()
+
+@pytest.fixture
+def architecture(device: torch.device) -> str:
+    """Whose configurations they use."""
+    from mara_kernels import dispatch
+
+    return dispatch.architecture(device)
+
+
+@pytest.fixture(scope="session")
+def run_time_ranges() -> None:
+    """NumPy 2.4 no longer makes an index of a one-element array, which the interpreter relies on
+    for ``range`` over values known at run time only."""
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = with_index

@@ -401,18 +401,20 @@ CASES: dict[str, Callable[[], list[Case]]] = {
 }
 
 
-def compile_operation(architecture: str, operation: str) -> list[Resources]:
-    """Every production case of one operation for one architecture."""
-    return compile_cases(architecture, CASES[operation]())
+def compile_operation(architecture: str, operation: str, match: str = "") -> list[Resources]:
+    """The production cases of one operation whose names match, for one architecture."""
+    cases = [case for case in CASES[operation]() if re.search(match, case.name)]
+    return compile_cases(architecture, cases)
 
 
 def compile_all(
     architectures: tuple[str, ...] = ARCHITECTURES,
     operations: tuple[str, ...] | None = None,
+    match: str = "",
     processes: int | None = None,
 ) -> list[Resources]:
     """Everything, in several processes."""
-    wanted = [(a, o) for o in operations or tuple(CASES) for a in architectures]
+    wanted = [(a, o, match) for o in operations or tuple(CASES) for a in architectures]
     # spawn: a forked process would inherit torch's threads.
     with ProcessPoolExecutor(processes or os.cpu_count(), get_context("spawn")) as pool:
         results = pool.map(compile_operation, *zip(*wanted, strict=True))
@@ -447,12 +449,14 @@ def main() -> None:
     )
     parser.add_argument("--architecture", choices=ARCHITECTURES, action="append")
     parser.add_argument("--operation", choices=tuple(CASES), action="append")
+    parser.add_argument("--match", default="", metavar="REGEX", help="only cases of such names")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--processes", type=int, help="default: one per CPU core")
     arguments = parser.parse_args()
     found = compile_all(
         tuple(arguments.architecture or ARCHITECTURES),
         tuple(arguments.operation or CASES),
+        arguments.match,
         arguments.processes,
     )
     print(table(found))

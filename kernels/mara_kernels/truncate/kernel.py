@@ -196,15 +196,18 @@ def select(
     bar_logprob = (tl.div_rn(bar, temperature) - scaled_top) - log_total
     overflows = (num_tokens < top_k) | (bar_logprob >= kth)
     overflows = overflows & (bar > minus_infinity)
+    is_kept = is_token & (logprob >= kth)
+    # C was rounded up from the columns asked for, which these may fill.
+    num_kept = tl.sum(is_kept.to(tl.int32), axis=0)
+    overflows = overflows | ((num_kept >= columns) & (columns < vocab_size))
 
     # Top-p over what is left: the mass from a token to the tail.
-    is_kept = is_token & (logprob >= kth)
     best = tl.max(logprob, axis=0)
     weight = tl.where(is_kept, tl.exp2((logprob - best) * _LOG2E), 0.0)
     prob = weight / tl.sum(weight, axis=0)
     mass = tl.sum(tl.where(before, 0.0, prob[None, :]), axis=1)
     size = tl.maximum(tl.sum((is_kept & (mass > tail_mass)).to(tl.int32), axis=0), 1)
-    size = tl.where(overflows | (size > columns), columns + 1, size)
+    size = tl.where(overflows, columns + 1, size)
     size = tl.where(is_valid, size, 0)
     tl.store(size_ptr + row, size.to(tl.int64))
 

@@ -1,0 +1,174 @@
+"""The engine on the Triton bodies: interpreted on small models, on a GPU where there is one."""
+
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import golden
+import mara_kernels.attention.kernel
+import mara_kernels.cascade.kernel
+import mara_kernels.score.kernel
+import mara_kernels.truncate.kernel
+from architectures import ARCHITECTURES, random_prompt
+from exactness import check_exact, random_agent
+from mara_fast import Engine, MaraAgent
+from oracle import OracleStep, sequential_cascade
+from test_golden import make_agent
+from triton_bodies import HALF_DTYPES, HAS_GPU
+
+BODIES = {
+    "truncate_triton": mara_kernels.truncate.kernel,
+    "score_triton": mara_kernels.score.kernel,
+    "cascade_triton": mara_kernels.cascade.kernel,
+    "attention_triton": mara_kernels.attention.kernel,
+}
+OPTIONS = [
+    {"window": 3},
+    {
+        "window": 4,
+        "top_k": 8,
+        "strategy": "max_prob",
+        "acceptance": "sample",
+        "fallback": "max_prob",
+    },
+    {"window": 3, "top_k": 8, "order": "reverse", "strategy": "random", "seed": 2**64 - 1},
+]
+PROMPT_LENGTHS = (7, 3) if not HAS_GPU else (40, 3, 17, 25)
+NUM_TOKENS = 4 if not HAS_GPU else 32
+
+
+def in_full(name: str, *options: dict[str, Any], quick: bool = True) -> list[Any]:
+    """Parameters; the interpreter has no time for all of them."""
+    marks = () if quick or HAS_GPU else pytest.mark.slow
+    return [pytest.param(name, one, marks=marks) for one in options]
+
+
+@functools.cache
+def shared_agent() -> MaraAgent:
+    """Made by the torch bodies: it scores many states."""
+    return random_agent(48)
+
+
+@pytest.fixture(autouse=True)
+def triton_bodies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All four, and each must have run."""
+    shared_agent()
+    monkeypatch.setenv("MARA_KERNELS", "triton")
+    ran = set()
+
+    def counted(name: str, body: Callable) -> Callable:
+        return lambda *args, **options: ran.add(name) or body(*args, **options)
+
+    for name, module in BODIES.items():
+        monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
+    yield
+    assert ran == set(BODIES)
+
+
+def make_engine(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Engine:
+    model = ARCHITECTURES[name]().to(device, dtype)
+    agent = copy.deepcopy(shared_agent()).to(device)
+    return Engine(model, agent, max_batch_size=2, prefill_chunk=5)
+
+
+def prompts_for(engine: Engine) -> list[list[int]]:
+    return [random_prompt(engine.lm.model, length, seed=length) for length in PROMPT_LENGTHS]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *in_full("llama", *OPTIONS),
+        *in_full("gemma2", *OPTIONS[1:]),
+        *in_full("gpt_oss", *OPTIONS[2:]),
+        *in_full("mistral", *OPTIONS, quick=False),
+        *in_full("gemma2", *OPTIONS[:1], quick=False),
+        *in_full("gpt_oss", *OPTIONS[:2], quick=False),
+        *in_full("deepseek_v3", *OPTIONS, quick=False),
+    ],
+)
+def test_tokens_are_those_of_the_cascade(
+    name: str, options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that a GPU runs, without host reads."""
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: False)
+    engine = make_engine(name, device)
+    check_exact(engine, prompts_for(engine), max_new_tokens=NUM_TOKENS, **options)
+
+
+def test_the_step_with_host_reads(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: True)
+    engine = make_engine("mistral", device)
+    check_exact(engine, prompts_for(engine), max_new_tokens=NUM_TOKENS, window=3)
+
+
+def test_the_same_tokens_as_the_torch_bodies(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same counts, verdicts and log-probabilities."""
+    engine = make_engine("qwen2", device)
+    prompts, options = prompts_for(engine), {"max_new_tokens": NUM_TOKENS, "window": 3}
+    found = engine.generate(prompts, **options)
+    monkeypatch.setenv("MARA_KERNELS", "torch")
+    for mine, other in zip(found, engine.generate(prompts, **options), strict=True):
+        assert mine.token_ids == other.token_ids
+        assert mine.stats.accepted_ranks == other.stats.accepted_ranks
+        for token, expected in zip(mine.tokens, other.tokens, strict=True):
+            assert token.verdict == expected.verdict and token.rank == expected.rank
+            assert math.isclose(token.logprob, expected.logprob, abs_tol=1e-4)
+
+
+@pytest.mark.skipif(golden.golden_folder() is None, reason=golden.MISSING)
+@pytest.mark.parametrize("name", golden.model_names())
+def test_recorded_runs(name: str, device: torch.device) -> None:
+    """Outputs of the authors' code; in the interpreter the beginning of one."""
+    runs = [run for run in golden.runs(name) if golden.is_cascade(run)]
+    inputs, eos = golden.input_ids(name), golden.eos_token_ids(name)
+    model = golden.load_model(name).to(device)
+    for run in runs if HAS_GPU else runs[:1]:
+        agent = make_agent(name, run["actor"], golden.accept_sign(run)).to(device)
+        engine = Engine(model, agent)
+        options = golden.decoding_options(run)
+        if not HAS_GPU:
+            options["max_new_tokens"] = 4
+        [result] = engine.generate([inputs[run["prompt"]]], eos_token_id=eos, **options)
+        assert result.token_ids == run["ids"][: options["max_new_tokens"]]
+
+
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"] if HAS_GPU else ["llama"])
+def test_half_precision_diverges_at_near_ties_only(
+    name: str, dtype: torch.dtype, device: torch.device, record_property: Any
+) -> None:
+    """From the cascade of plain forwards in the same precision, and only where a decision is
+    closer than 1e-2 in probability."""
+    engine = make_engine(name, device, dtype)
+    compared = diverged = 0
+    for prompt in prompts_for(engine):
+        expected = sequential_cascade(
+            engine.lm.model, engine.agent.accept_logit, prompt, max_new_tokens=NUM_TOKENS
+        )
+        [found] = engine.generate([prompt], max_new_tokens=NUM_TOKENS, window=3, ignore_eos=True)
+        for token_id, step in zip(found.token_ids, expected.steps, strict=False):
+            compared += 1
+            if token_id != step.token_id:
+                diverged += 1
+                assert _margin(step) < 1e-2
+                break
+    assert compared
+    record_property("divergences", f"{diverged} in {compared} tokens")
+    print(f"{name} {dtype}: {diverged} divergences in {compared} tokens")
+
+
+def _margin(step: OracleStep) -> float:
+    """How near the nearest decision of a position was, in probability; a tie is at 0."""
+    probs = [math.exp(logprob) for logprob in step.logprobs]
+    gaps = [before - after for before, after in itertools.pairwise(probs)]
+    accept = [abs(1 / (1 + math.exp(-d)) - 0.5) for d in step.accept_logits]
+    return min([step.margin, *gaps, *accept])
