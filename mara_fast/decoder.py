@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mara_fast.agent import MaraAgent
 from mara_fast.attention import TreeContext
@@ -182,7 +183,8 @@ class Decoder:
         self.is_plain_greedy = agent is None and config.acceptance == "greedy"
         vocab_size = lm.vocab_size
         top_k = min(config.top_k, vocab_size) if config.top_k else vocab_size
-        self.columns = min(vocab_size, max(64, top_k + _SPARE_COLUMNS))
+        self.capacity = min(vocab_size, max(64, top_k + _SPARE_COLUMNS))
+        self.columns = self.capacity
         self.state = SlotState.empty(
             num_slots,
             columns=1 if agent is None else self.columns,
@@ -282,10 +284,10 @@ class Decoder:
 
         Reads the state on the host: call it between steps. With ``host_reads`` no set ever waits.
         """
-        waiting = self.state.size > self.state.candidate_ids.shape[1]
-        if waiting.any():
-            self._make_room()
-            self._truncate(slice(None), self.state, waiting)
+        capacity = self.capacity
+        while (waiting := self.state.size > self.state.candidate_ids.shape[1]).any():
+            capacity = self._wider(capacity)
+            self._truncate(slice(None), self.state, waiting, capacity)
 
     def _propose(
         self, slots: slice, state: SlotState, size: Tensor, window: int
@@ -336,8 +338,13 @@ class Decoder:
         destination = torch.where(chosen, destination, self.cache.trash)
         self.cache.commit(source[:, None], destination[:, None])
 
-    def _truncate(self, slots: slice, state: SlotState, chosen: Tensor) -> None:
-        """New candidate sets from ``state.hidden`` where chosen; forced tokens are emitted."""
+    def _truncate(
+        self, slots: slice, state: SlotState, chosen: Tensor, capacity: int | None = None
+    ) -> None:
+        """New candidate sets from ``state.hidden`` where chosen; forced tokens are emitted.
+
+        A set that outgrows ``capacity`` is made anew with more, or marked as waiting for it.
+        """
         index: Tensor | slice = slice(None)
         if self.host_reads:
             index = chosen.nonzero()[:, 0]
@@ -348,20 +355,24 @@ class Decoder:
             early = state.num_tokens[index] < self.config.min_new_tokens
             at_eos = logits[:, self.eos_ids]
             logits[:, self.eos_ids] = at_eos.masked_fill(early[:, None], -torch.inf)
-        new = self._candidates(logits)
+        capacity = capacity or self.capacity
+        new = self._candidates(logits, capacity)
         while self.host_reads and new.size.max() > new.ids.shape[1]:
-            self._make_room()
+            capacity = self._wider(capacity)
             state = self.state.narrowed(slots)
-            new = self._candidates(logits)
+            new = self._candidates(logits, capacity)
+        outgrows = new.size > new.ids.shape[1]
         if self.agent is None and not self.is_plain_greedy:
             new = _sample(new, self.config.seed, state.sequence[index], state.num_tokens[index])
 
-        mine = chosen[index]
-        state.size[index] = torch.where(mine, new.size, state.size[index])
-        mine = mine[:, None]
-        state.candidate_ids[index] = torch.where(mine, new.ids, state.candidate_ids[index])
+        mine, width = chosen[index], state.candidate_ids.shape[1]
+        size = torch.where(outgrows, width + 1, new.size)
+        state.size[index] = torch.where(mine, size, state.size[index])
+        mine, spare = mine[:, None], (0, width - new.ids.shape[1])
+        ids, logprobs = pad(new.ids, spare), pad(new.logprobs, spare, value=-torch.inf)
+        state.candidate_ids[index] = torch.where(mine, ids, state.candidate_ids[index])
         state.candidate_logprobs[index] = torch.where(
-            mine, new.logprobs, state.candidate_logprobs[index]
+            mine, logprobs, state.candidate_logprobs[index]
         )
         state.done.masked_fill_(chosen & (state.size == 0), BAD_LOGITS)
         if state.trace_ids.shape[1]:
@@ -371,7 +382,7 @@ class Decoder:
         state.held_logit.masked_fill_(chosen, torch.nan)
         self._emit(state, chosen & (state.size == 1), PLAIN if self.agent is None else FORCED)
 
-    def _candidates(self, logits: Tensor) -> CandidateSet:
+    def _candidates(self, logits: Tensor, capacity: int) -> CandidateSet:
         if self.is_plain_greedy:
             return _argmax(logits)
         return truncate(
@@ -379,14 +390,20 @@ class Decoder:
             top_k=self.config.top_k,
             top_p=self.config.top_p,
             temperature=self.config.temperature,
-            capacity=self.columns,
+            capacity=capacity,
         )
 
-    def _make_room(self) -> None:
-        """Widens the candidate buffers."""
-        self.columns = min(self.lm.vocab_size, 4 * self.columns)
+    def _wider(self, capacity: int) -> int:
+        """The next larger capacity; the candidate buffers are made as wide if they are not.
+
+        Only what outgrew a capacity is truncated with more: few rows do, and the kernels are
+        fastest on few columns.
+        """
+        if capacity < self.columns:
+            return self.columns
+        self.columns = min(self.lm.vocab_size, 2 * self.columns)
         if self.agent is None:
-            return
+            return self.columns
         state = self.state
         names = ["candidate_ids", "candidate_logprobs"]
         if state.trace_ids.shape[1]:
@@ -394,7 +411,8 @@ class Decoder:
         for name in names:
             buffer = getattr(state, name)
             spare = (0, self.columns - buffer.shape[-1])
-            setattr(state, name, torch.nn.functional.pad(buffer, spare))
+            setattr(state, name, pad(buffer, spare))
+        return self.columns
 
     def _emit(self, state: SlotState, chosen: Tensor, verdict: Tensor | int) -> None:
         """Appends the held candidate of the pending position where chosen."""
@@ -452,7 +470,7 @@ def _sample(
 ) -> CandidateSet:
     """One token of each set by the inverse of its distribution function, as a set of one.
 
-    Of a set with more ties than columns the columns stand for the whole.
+    Of a set with more ties than columns the result is of no use: the set has to be made anew.
     """
     uniform, _ = acceptance_uniforms(seed, sequence, position, torch.zeros_like(position))
     mass = torch.softmax(candidates.logprobs, dim=-1).cumsum(-1)

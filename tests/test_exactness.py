@@ -4,14 +4,17 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import mara_fast.decoder
 from architectures import ARCHITECTURES, OTHER_ARCHITECTURES, random_prompt
 from exactness import check_exact, random_agent
 from mara_fast import Engine
 from mara_fast.language_model import UnsupportedModelError
 from mara_kernels.cascade import FALLBACKS, ORDERS, STRATEGIES
+from mara_kernels.truncate import CandidateSet
 
 PROPERTY_ARCHITECTURES = ("llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "gpt2")
 
@@ -170,3 +173,35 @@ def test_ties_outgrow_the_candidate_buffer(monkeypatch: pytest.MonkeyPatch) -> N
                 engine, [[5, 6], [8]], memo=memo, max_new_tokens=1, window=16, **options
             )
             assert results[0].tokens[0].num_examined == (0 if options.get("top_p") == 0 else 244)
+
+
+@pytest.mark.parametrize("host_reads", [True, False])
+def test_only_sets_that_outgrow_the_buffer_are_made_with_more_columns(
+    host_reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain sampling: after a prompt whose set ties with everything, the others keep to few."""
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: host_reads)
+    model = ARCHITECTURES["llama"]()
+    prompts = [random_prompt(model, length, seed=length) for length in (5, 8)]
+    options = {"max_new_tokens": 8, "acceptance": "sample", "ignore_eos": True, "temperature": 1.3}
+    engine = Engine(model, False, max_batch_size=2)
+    alone = engine.generate(prompts, **options)
+    capacities = []
+    original = mara_fast.decoder.truncate
+
+    def tied_once(logits: torch.Tensor, *, capacity: int, **rule: Any) -> CandidateSet:
+        capacities.append(capacity)
+        found = original(logits, capacity=capacity, **rule)
+        # As if more had tied than there are columns; what the columns hold then is of no use.
+        if len(capacities) == 3:
+            return CandidateSet(
+                torch.zeros_like(found.ids),
+                torch.full_like(found.logprobs, -torch.inf),
+                torch.full_like(found.size, capacity + 1),
+            )
+        return found
+
+    monkeypatch.setattr(mara_fast.decoder, "truncate", tied_once)
+    tied = engine.generate(prompts, **options)
+    assert [result.token_ids for result in tied] == [result.token_ids for result in alone]
+    assert capacities.count(128) == 1 and set(capacities) == {64, 128}

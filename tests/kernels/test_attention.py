@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from mara_kernels.attention import candidate_attention, visibility
+from mara_kernels.attention.reference import candidate_attention, visibility
 
 
 def loop_attention(

@@ -27,9 +27,10 @@ def candidate_attention(
         score = softcap * tanh(scale * q.k / softcap);  softmax over what is seen, and the sink
 
     The Triton body covers head sizes up to 256 in bf16 and fp16 and up to 128 in float32, siblings
-    and chains of any length and trees of up to 64 rows; under ``torch.compile`` it is one custom operator. The rest
-    is done by the torch body. flash-attn's runs where ``MARA_KERNELS=attention=flash`` asks for it
-    and it can: windows of siblings in half precision, without sinks.
+    and chains of any length and trees of up to 64 rows; under ``torch.compile`` it is one custom
+    operator. The rest is done by the torch body. flash-attn's runs where
+    ``MARA_KERNELS=attention=flash`` asks for it and it can: windows of siblings in half precision,
+    without sinks.
 
     Args:
         query: [B, Hq, W, D].
