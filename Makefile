@@ -11,6 +11,11 @@ INSTALL ?= yes
 # Processes of pytest, one thread each.
 WORKERS ?= 2
 
+# Where measurements go.
+RESULTS ?= benchmarks/results
+# What runs under the memory checker.
+SANITIZED := strides or splits or small_trees or every_rule_equals_torch or different_size
+
 SOURCES := pyproject.toml setup.py requirements/cpu.txt
 PYTEST = $(RUN) -m pytest -q --durations=5
 
@@ -29,7 +34,8 @@ DEV := $(VENV)/.installed-dev
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit slow gpu gpu-tests bench format clean
+.PHONY: help demo test lint types unit slow gpu interpreted compiled gpu-tests gpu-memory \
+        gpu-bench bench format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,19 +61,38 @@ unit: $(DEV)
 slow: $(DEV) ## the tests marked slow
 	@$(PYTEST) -m slow || test $$? -eq 5  # pytest's 5: there is no such test
 
-gpu: ## on a machine with a GPU: every test marked gpu, the kernels' too
+gpu: ## every test and benchmark of the kernels on a GPU; without one, their other two proofs
 	@if nvidia-smi -L >/dev/null 2>&1 || rocminfo >/dev/null 2>&1; then \
-	  $(MAKE) --no-print-directory gpu-tests; \
+	  $(MAKE) --no-print-directory gpu-tests gpu-memory gpu-bench; \
 	else \
-	  echo "make gpu: no GPU on this machine, nothing to run"; \
+	  echo "make gpu: no GPU on this machine; the kernels are interpreted, and compiled ahead of time"; \
+	  $(MAKE) --no-print-directory interpreted compiled; \
 	fi
+
+interpreted: $(DEV)
+	@$(PYTEST) --benchmark-disable -n $(WORKERS) tests/kernels tests/test_triton_engine.py
+
+compiled: $(DEV)
+	@$(PATHS) $(RUN) -m mara_kernels.aot
 
 gpu-tests: $(DEV)
 	@$(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
 	  echo "make gpu: this machine has a GPU but its torch cannot use it:"; \
 	  echo "  $$($(RUN) -c 'import torch; print("torch", torch.__version__, "for CUDA", torch.version.cuda)')"; \
 	  exit 1; }
-	@$(PYTEST) -m gpu --slow || test $$? -eq 5
+	@$(PYTEST) -m gpu --slow
+
+# Small cases of every kernel, in memory that is not cached: a byte beyond a tensor is noticed.
+gpu-memory: $(DEV)
+	@if command -v compute-sanitizer >/dev/null; then \
+	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
+	    $(PYTEST) tests/kernels -k "$(SANITIZED)"; \
+	else \
+	  echo "make gpu: no compute-sanitizer here, memory accesses are not checked"; \
+	fi
+
+gpu-bench: $(USE)
+	@$(PATHS) $(RUN) benchmarks/kernel_speed.py --output $(RESULTS)/kernel_speed_gpu.json
 
 bench: $(USE) ## measure decoding on this machine against transformers and the authors' cascade
 	@$(PATHS) $(RUN) benchmarks/decode_speed.py

@@ -20,28 +20,38 @@ PROPERTY_ARCHITECTURES = ("llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3"
 
 
 @cache
-def model_of(name: str) -> Any:
-    return (ARCHITECTURES | OTHER_ARCHITECTURES)[name]()
+def model_of(name: str, device: str = "cpu") -> Any:
+    return (ARCHITECTURES | OTHER_ARCHITECTURES)[name]().to(device)
 
 
 @cache
-def engine_of(name: str, max_batch_size: int, prefill_chunk: int) -> Engine:
-    model = model_of(name)
-    agent = random_agent(model.get_input_embeddings().weight.shape[1])
+def engine_of(name: str, max_batch_size: int, prefill_chunk: int, device: str = "cpu") -> Engine:
+    model = model_of(name, device)
+    agent = random_agent(model.get_input_embeddings().weight.shape[1]).to(device)
     return Engine(model, agent, max_batch_size=max_batch_size, prefill_chunk=prefill_chunk)
 
 
 @cache
-def memo_of(name: str) -> dict:
+def memo_of(name: str, device: str = "cpu") -> dict:
     """Forwards of the oracle, shared by the cases of a model."""
     return {}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architecture(name: str) -> None:
+    check_architecture(name, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architecture_on_a_gpu(name: str) -> None:
+    check_architecture(name, "cuda")
+
+
+def check_architecture(name: str, device: str) -> None:
     """Unequal prompts over two slots with refill, prompts longer than chunks and windows."""
-    model = model_of(name)
-    engine = engine_of(name, 2, 7)
+    model = model_of(name, device)
+    engine = engine_of(name, 2, 7, device)
     assert engine.lm.attention == "candidate"
     prompts = [random_prompt(model, length, seed=length) for length in (16, 3, 9)]
     for options in (
@@ -49,7 +59,7 @@ def test_architecture(name: str) -> None:
         {"window": 4, "fallback": "last", "top_k": 8},
         {"window": 3, "strategy": "max_prob", "order": "top_last", "top_k": 5},
     ):
-        check_exact(engine, prompts, memo=memo_of(name), max_new_tokens=10, **options)
+        check_exact(engine, prompts, memo=memo_of(name, device), max_new_tokens=10, **options)
 
 
 @settings(
@@ -71,12 +81,18 @@ def test_any_configuration_at_length(data: st.DataObject) -> None:
     check_any_configuration(data)
 
 
-def check_any_configuration(data: st.DataObject) -> None:
+@pytest.mark.gpu
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_any_configuration_on_a_gpu(data: st.DataObject) -> None:
+    check_any_configuration(data, "cuda")
+
+
+def check_any_configuration(data: st.DataObject, device: str = "cpu") -> None:
     name = data.draw(st.sampled_from(PROPERTY_ARCHITECTURES), "architecture")
-    model = model_of(name)
-    engine = engine_of(
-        name, data.draw(st.integers(1, 4), "slots"), data.draw(st.sampled_from([1, 3, 64]), "chunk")
-    )
+    num_slots = data.draw(st.integers(1, 4), "slots")
+    model = model_of(name, device)
+    engine = engine_of(name, num_slots, data.draw(st.sampled_from([1, 3, 64]), "chunk"), device)
     lengths = data.draw(st.lists(st.integers(1, 14), min_size=1, max_size=5), "lengths")
     prompts = [random_prompt(model, length, seed=index) for index, length in enumerate(lengths)]
     order = data.draw(st.permutations(range(len(prompts))), "order of arrival")
@@ -104,7 +120,7 @@ def check_any_configuration(data: st.DataObject) -> None:
         engine,
         [prompts[i] for i in order],
         sequence_ids=[2**40 + i for i in order],
-        memo=memo_of(name),
+        memo=memo_of(name, device),
         **options,
     )
 

@@ -466,9 +466,12 @@ def main() -> None:
             "date": datetime.now(UTC).date().isoformat(),
             "triton": triton.__version__,
             "platform": platform.machine(),
-            "kernels": [asdict(resources) for resources in found],
         }
-        arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        lines = ",\n".join(f"  {json.dumps(asdict(resources))}" for resources in found)
+        # A line per kernel: what changed is then what a diff shows.
+        text = json.dumps(record, indent=1).removesuffix("\n}")
+        text += f',\n "kernels": [\n{lines}\n ]\n}}\n'
+        arguments.output.write_text(text, encoding="utf-8")
     broken = sum(bool(resources.problems) for resources in found)
     sys.exit(f"{broken} kernels must not ship" if broken else 0)
 

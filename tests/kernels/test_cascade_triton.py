@@ -75,7 +75,8 @@ def test_every_rule_equals_torch(
     device: torch.device,
     run_twice: Callable,
 ) -> None:
-    for seed, window in enumerate((1, 3, 8, 40)):
+    # Every width with every choice but the order.
+    for seed, window in enumerate((1, 8) if order == "descending" else (3, 40)):
         d, others = arguments(window, seed, device)
         rule = CascadeRule(
             acceptance=acceptance,
