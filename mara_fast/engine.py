@@ -30,6 +30,7 @@ from mara_fast.loading import ModelLike, load_agent, load_model, load_tokenizer
 from mara_fast.outputs import DecodingStats, Generation, TokenEvent
 from mara_fast.prompts import encode_prompts
 from mara_fast.streaming import stream_events, stream_to
+from mara_kernels import dispatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -101,7 +102,10 @@ class Engine:
             raise ValueError(
                 f"tokenizer must be a tokenizer, None or False, got {type(tokenizer).__name__}"
             )
+        # A large model takes minutes to load: what is wrong everywhere is said before.
+        dispatch.check()
         loaded = load_model(model, dtype=dtype, device=device)
+        dispatch.check(loaded.device)
         if tokenizer is None:
             tokenizer = load_tokenizer(model)
         self.tokenizer = tokenizer or None

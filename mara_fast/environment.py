@@ -36,6 +36,10 @@ def environment() -> dict[str, str]:
         found["cuda"] = "no device"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for operation in dispatch.OPERATIONS:
-        body = dispatch.choose(operation, device)
-        found[operation] = f"{body.name} ({body.reason})"
+        try:
+            body = dispatch.choose(operation, device)
+            found[operation] = f"{body.name} ({body.reason})"
+        # Whoever asks may be looking for just this.
+        except ValueError as error:
+            found[operation] = f"refused: {error}"
     return found

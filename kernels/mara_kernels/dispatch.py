@@ -34,6 +34,7 @@ class Body(NamedTuple):
     """Why, for people."""
 
 
+@torch.compiler.assume_constant_result
 def choose(operation: str, device: torch.device) -> Body:
     """The body of an operation on a device.
 
@@ -44,6 +45,14 @@ def choose(operation: str, device: torch.device) -> Body:
     setting = os.environ.get(VARIABLE, "")
     interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
     return _choose(operation, device, setting, interpreted)
+
+
+def check(device: torch.device | None = None) -> None:
+    """Raises what :func:`choose` would; without a device only what is wrong on any."""
+    parse_setting(os.environ.get(VARIABLE, ""))
+    if device is not None:
+        for operation in OPERATIONS:
+            choose(operation, device)
 
 
 @functools.cache

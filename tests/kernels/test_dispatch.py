@@ -103,6 +103,17 @@ def test_unknown_settings_are_refused(setting: str) -> None:
     assert setting in str(caught.value) and "truncate, score" in str(caught.value)
 
 
+def test_an_engine_refuses_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mara_fast import Engine
+
+    monkeypatch.setenv("MARA_KERNELS", "attention=fast")
+    with pytest.raises(ValueError, match="is not understood at 'attention=fast'"):
+        Engine("a model that nobody looks for")
+    monkeypatch.setenv("MARA_KERNELS", "attention=flash")
+    with pytest.raises(ValueError, match="asks for the flash body of attention on cpu"):
+        Engine("tiny")
+
+
 def test_the_installation_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     from mara_fast.environment import environment
 
@@ -110,3 +121,5 @@ def test_the_installation_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     found = environment()
     assert found["score"] == "torch (MARA_KERNELS=score=torch)"
     assert all(operation in found for operation in dispatch.OPERATIONS)
+    monkeypatch.setenv("MARA_KERNELS", "attention=flash")
+    assert environment()["attention"].startswith("refused: MARA_KERNELS=attention=flash asks")
