@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mara_kernels.attention.reference import candidate_attention, visibility
+from trees import small_trees
 
 
 def loop_attention(
@@ -49,19 +50,6 @@ def loop_attention(
     return output
 
 
-def trees(num_rows: int) -> list[tuple[torch.Tensor, list[int]]]:
-    """All trees of a few rows: every row's parent is an earlier row or the prefix."""
-    found = []
-    for parents in itertools.product(*[range(-1, row) for row in range(num_rows)]):
-        ancestors, depths = torch.eye(num_rows, dtype=torch.bool), []
-        for row, parent in enumerate(parents):
-            if parent >= 0:
-                ancestors[row] |= ancestors[parent]
-            depths.append(0 if parent < 0 else depths[parent] + 1)
-        found.append((ancestors, depths))
-    return found
-
-
 @pytest.mark.parametrize("sliding_window", [None, 1, 2, 4])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("with_sinks", [False, True])
@@ -76,11 +64,11 @@ def test_all_small_trees(
         key = torch.randn(*size, head_size, generator=generator)
         value = torch.randn(*size, value_size, generator=generator)
         sinks = torch.randn(4, generator=generator) if with_sinks else None
-        for ancestors, depths in trees(num_rows):
+        for tree in small_trees(num_rows):
             visible = visibility(
                 torch.tensor(lengths),
-                ancestors,
-                torch.tensor(depths),
+                tree.ancestors,
+                tree.depths,
                 base=base,
                 sliding_window=sliding_window,
             )
@@ -92,8 +80,8 @@ def test_all_small_trees(
                 key,
                 value,
                 lengths=lengths,
-                ancestors=ancestors,
-                depths=depths,
+                ancestors=tree.ancestors,
+                depths=tree.depths.tolist(),
                 base=base,
                 scale=0.3,
                 sliding_window=sliding_window,

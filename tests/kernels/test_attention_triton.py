@@ -1,6 +1,5 @@
 """Candidate attention in Triton, and over flash-attn's interface, against float64."""
 
-import itertools
 import sys
 import types
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from mara_kernels.attention import (
 )
 from mara_kernels.attention.flash import attention_flash
 from mara_kernels.attention.reference import candidate_attention as attention_torch
+from trees import small_trees
 from triton_bodies import HALF_DTYPES, HAS_GPU
 
 FLOOR = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -115,19 +115,6 @@ def run(device: torch.device, architecture: str, run_twice: Callable) -> Callabl
         case.check(run_twice(body), **options)
 
     return run
-
-
-def small_trees(num_rows: int) -> list[Tree]:
-    """All trees of a few rows: every row's parent is an earlier row or the prefix."""
-    found = []
-    for parents in itertools.product(*[range(-1, row) for row in range(num_rows)]):
-        ancestors, depths = torch.eye(num_rows, dtype=torch.bool), []
-        for row, parent in enumerate(parents):
-            if parent >= 0:
-                ancestors[row] |= ancestors[parent]
-            depths.append(0 if parent < 0 else depths[parent] + 1)
-        found.append(tree(ancestors, torch.tensor(depths)))
-    return found
 
 
 CPU = torch.device("cpu")

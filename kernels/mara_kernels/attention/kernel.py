@@ -38,6 +38,34 @@ def _scores(product, scale, softcap, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def _load_block(
+    key_ptr,
+    value_ptr,
+    row,
+    is_key,
+    key_stride_s,
+    value_stride_s,
+    d,
+    dv,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+):
+    """Keys [D, keys] and values [keys, Dv] of cache rows."""
+    row = row.to(tl.int64)
+    key = tl.load(
+        key_ptr + row[None, :] * key_stride_s + d[:, None],
+        mask=is_key[None, :] & (d[:, None] < D),
+        other=0.0,
+    )
+    value = tl.load(
+        value_ptr + row[:, None] * value_stride_s + dv[None, :],
+        mask=is_key[:, None] & (dv[None, :] < DV),
+        other=0.0,
+    )
+    return key, value
+
+
+@triton.jit
 def _online(score, value, top, total, output, PRECISION: tl.constexpr):
     """One block of the online softmax: score [rows, keys] (-inf: unseen), value [keys, Dv]."""
     new_top = tl.maximum(top, tl.max(score, axis=1))
@@ -156,16 +184,8 @@ def attend(
     for block in range(low, high, BLOCK_N):
         position = block + n
         is_key = position < length
-        at = position.to(tl.int64)
-        key = tl.load(
-            key_ptr + at[None, :] * key_stride_s + d[:, None],
-            mask=is_key[None, :] & (d[:, None] < D),
-            other=0.0,
-        )
-        value = tl.load(
-            value_ptr + at[:, None] * value_stride_s + dv[None, :],
-            mask=is_key[:, None] & (dv[None, :] < DV),
-            other=0.0,
+        key, value = _load_block(
+            key_ptr, value_ptr, position, is_key, key_stride_s, value_stride_s, d, dv, D, DV
         )
         score = tl.dot(query, key, input_precision=PRECISION)
         score = _scores(score, scale, softcap, SOFTCAP)
@@ -185,16 +205,8 @@ def attend(
         for block in tl.range(0, tl.where(is_last, end, 0), BLOCK_N, num_stages=1):
             other = block + n
             is_key = other < num_rows
-            at = (base + other).to(tl.int64)
-            key = tl.load(
-                key_ptr + at[None, :] * key_stride_s + d[:, None],
-                mask=is_key[None, :] & (d[:, None] < D),
-                other=0.0,
-            )
-            value = tl.load(
-                value_ptr + at[:, None] * value_stride_s + dv[None, :],
-                mask=is_key[:, None] & (dv[None, :] < DV),
-                other=0.0,
+            key, value = _load_block(
+                key_ptr, value_ptr, base + other, is_key, key_stride_s, value_stride_s, d, dv, D, DV
             )
             score = tl.dot(query, key, input_precision=PRECISION)
             score = _scores(score, scale, softcap, SOFTCAP)
