@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from mara_kernels.aot import CASES, SHARED_BYTES, Resources
+from mara_kernels.aot import SHARED_BYTES, Resources
 from mara_kernels.configs import ARCHITECTURES
+from mara_kernels.production import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 # By operation: one case of every kind of kernel.
