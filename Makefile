@@ -80,7 +80,7 @@ gpu-tests: $(DEV)
 	  echo "make gpu: this machine has a GPU but its torch cannot use it:"; \
 	  echo "  $$($(RUN) -c 'import torch; print("torch", torch.__version__, "for CUDA", torch.version.cuda)')"; \
 	  exit 1; }
-	@$(PYTEST) -m gpu --slow
+	@$(PYTEST) --benchmark-disable -n $(WORKERS) -m gpu --slow
 
 # Small cases of every kernel, in memory that is not cached: a byte beyond a tensor is noticed.
 gpu-memory: $(DEV)
