@@ -221,7 +221,8 @@ def table(found: list[Resources]) -> str:
     width = max((len(resources.case) for resources in found), default=4)
     header = (
         f"{'arch':7} {'kernel':13} {'case':{width}} {'warps':>5} {'stages':>6} {'regs':>5} "
-        f"{'stack':>5} {'spills':>6} {'shared':>7} {'instr':>6} {'matrix':>6} {'async':>5} {'wide':>5}"
+        f"{'stack':>5} {'spills':>6} {'shared':>7} {'instr':>6} {'matrix':>6} {'async':>5} "
+        f"{'wide':>5}"
     )
     lines = [header]
     for r in found:
