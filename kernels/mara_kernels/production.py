@@ -27,18 +27,26 @@ _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def truncate_cases() -> list[Case]:
-    """Vocabularies of all sizes, one that is no multiple of anything, and the larger capacities."""
+    """Vocabularies of all sizes, one that is no multiple of anything, the larger capacities, and
+    arguments of 1, which Triton compiles as constants."""
     from mara_kernels.truncate.kernel import MAX_CAPACITY, truncate_triton
 
-    def case(num_rows: int, vocab_size: int, dtype: torch.dtype, capacity: int) -> Case:
+    def case(
+        num_rows: int,
+        vocab_size: int,
+        dtype: torch.dtype,
+        capacity: int,
+        top_k: int = 40,
+        temperature: float = 1.0,
+    ) -> Case:
         return Case(
             "truncate",
             f"B={num_rows} V={vocab_size} C={capacity} {_SHORT[dtype]}",
             lambda architecture: truncate_triton(
                 _meta(num_rows, vocab_size, dtype=dtype),
-                top_k=40,
+                top_k=top_k,
                 top_p=0.95,
-                temperature=1.0,
+                temperature=temperature,
                 capacity=capacity,
                 architecture=architecture,
             ),
@@ -59,7 +67,7 @@ def truncate_cases() -> list[Case]:
             (64, 262144, torch.float32, MAX_CAPACITY),
             (64, 128256, torch.float16, MAX_CAPACITY),
         )
-    ]
+    ] + [case(1, 1, torch.bfloat16, 1, top_k=1, temperature=2)]
 
 
 def cascade_cases() -> list[Case]:
@@ -132,6 +140,7 @@ def score_cases() -> list[Case]:
         *(case(n, 8192, torch.bfloat16, 1024) for n in sizes),
         *(case(n, 2048, torch.float32, 1024) for n in (8, 512, 4096)),
         *(case(n, 2885, torch.bfloat16, 1024) for n in (8, 4096)),
+        case(1, 1, torch.bfloat16, 4),
     ]
 
 
@@ -191,6 +200,8 @@ def attention_cases() -> list[Case]:
             case(shape, "chain", 512, num_splits=1)
             for shape in (large, small, (32, 32, 80), (32, 32, 96), (16, 8, 256))
         ),
+        case((7, 1, 64), "siblings", 1, num_splits=2),
+        case((1, 1, 64), "tree", 1, num_splits=1),
         case(large, "tree", 40),
         case(small, "tree", 16),
         case((16, 8, 256), "tree", 16),

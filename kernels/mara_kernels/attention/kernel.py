@@ -362,8 +362,9 @@ def attention_triton(
         rows.base,
         sliding_window or 0,
         num_splits,
-        scale,
-        softcap or 0.0,
+        # A Python int would be compiled as one.
+        float(scale),
+        float(softcap or 0.0),
         KIND=tree.kind,
         GROUP=group,
         WINDOW=sliding_window is not None,

@@ -246,7 +246,7 @@ def score_triton(
     p = parameters
     width = p.weight1.shape[1]
     num_outputs, inner_size = p.weight2.shape
-    device = states.device
+    device, norm_eps = states.device, float(norm_eps)
     config = score_config(architecture, states.dtype, num_states)
     d = torch.empty(num_states, device=device)
     if not num_states:

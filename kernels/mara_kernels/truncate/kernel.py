@@ -293,8 +293,9 @@ def truncate_triton(
         num_tiles,
         columns,
         top_k,
-        temperature,
-        1 - top_p,
+        # A Python int would be compiled as one.
+        float(temperature),
+        float(1 - top_p),
         CAPACITY=internal,
         KEY_BITS=_KEY_BITS[logits.dtype],
         GROUPS=max(internal, triton.next_power_of_2(num_groups)),
