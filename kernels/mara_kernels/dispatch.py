@@ -55,6 +55,11 @@ def check(device: torch.device | None = None) -> None:
             choose(operation, device)
 
 
+def needs_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd is to go through an operation on these: most Triton bodies have none."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
 @functools.cache
 def _choose(operation: str, device: torch.device, setting: str, interpreted: bool) -> Body:
     wanted = parse_setting(setting).get(operation, "auto")

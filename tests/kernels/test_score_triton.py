@@ -219,6 +219,9 @@ def test_copies_have_folded_parameters_of_their_own(device: torch.device, folds:
         other.ln.bias.add_(1.0)
         assert not torch.equal(other.accept_logit(states), before)
         assert torch.equal(agent.accept_logit(states), before)
+        assert other._fold_cache is not agent._fold_cache
+    # What a copy knows of addresses may not come from the original: they are free for others.
+    assert not copy.deepcopy(agent)._fold_cache._kept
 
 
 # --- gradients -------------------------------------------------------------------------------

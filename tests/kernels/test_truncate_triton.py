@@ -44,7 +44,7 @@ def rows(kind: str, vocab_size: int) -> torch.Tensor:
     return logits
 
 
-RULES = ((40, 0.95, 1.0), (1, 1.0, 0.7), (8, 0.5, 1.3), (64, 1.0, 1.0))
+RULES = ((40, 0.95, 1.0), (1, 1.0, 1e-6), (8, 0.5, 1.3), (64, 1.0, 1.0))
 """top_k, top_p, temperature"""
 KINDS = (
     "normal",
@@ -237,3 +237,12 @@ def test_dispatch_reaches_the_body(device: torch.device, monkeypatch: pytest.Mon
     truncate(logits.double(), top_k=40, top_p=0.95)
     truncate(logits, top_k=200, top_p=0.95, capacity=300)
     assert len(called) == 1
+
+
+def test_what_needs_a_gradient_has_one(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setenv("MARA_KERNELS", "truncate=triton")
+    logits = rows("normal", 300).to(device).requires_grad_(True)
+    truncate(logits, top_k=5, top_p=1.0).logprobs[:, 0].sum().backward()
+    assert logits.grad is not None and logits.grad.abs().sum() > 0

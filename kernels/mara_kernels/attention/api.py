@@ -28,7 +28,7 @@ def candidate_attention(
 
     The Triton body covers head sizes up to 256 in bf16 and fp16 and up to 128 in float32, siblings
     and chains of any length and trees of up to 64 rows; under ``torch.compile`` it is one custom
-    operator. The rest is done by the torch body. flash-attn's runs where
+    operator. The rest is done by the torch body, and what needs a gradient. flash-attn's runs where
     ``MARA_KERNELS=attention=flash`` asks for it and it can: windows of siblings in half precision,
     without sinks.
 
@@ -72,7 +72,8 @@ def candidate_attention(
     if body != "torch":
         from mara_kernels.attention import kernel
 
-        if kernel.covers(query, key, value, rows):
+        no_gradient = not dispatch.needs_gradient(query, key, value, sinks)
+        if no_gradient and kernel.covers(query, key, value, rows):
             tree = rows.tree
             arguments = rows.lengths, tree.ancestors, tree.depths, tree.bits, tree.kind, rows.base
             run = _operator if torch.compiler.is_compiling() else _triton

@@ -53,7 +53,8 @@ def cascade(
     if dispatch.choose("cascade", accept_logit_BW.device).name == "triton":
         from mara_kernels.cascade import kernel
 
-        if accept_logit_BW.shape[1] <= kernel.MAX_WINDOW:
+        fits = accept_logit_BW.shape[1] <= kernel.MAX_WINDOW
+        if fits and not dispatch.needs_gradient(accept_logit_BW):
             body = kernel.cascade_triton
     return body(
         accept_logit_BW,

@@ -43,7 +43,7 @@ def score(states: Tensor, parameters: AgentParameters, *, cache: FoldCache | Non
 
         if kernel.covers(states, parameters.weight1.shape[0]):
             tensors = parameters.tensors
-            if torch.is_grad_enabled() and any(t.requires_grad for t in (states, *tensors)):
+            if dispatch.needs_gradient(states, *tensors):
                 return FusedScore.apply(states, parameters.norm_eps, cache, *tensors)
             return _fused(states, parameters, cache)
     return reference.score(states, parameters)

@@ -70,6 +70,11 @@ class FoldCache:
     def __init__(self) -> None:
         self._kept: dict[tuple[torch.dtype, torch.device], _Kept] = {}
 
+    def __reduce__(self) -> tuple[type["FoldCache"], tuple[()]]:
+        """A copy, of an agent or through a pickle, starts empty: what is kept here is known by the
+        addresses of the original's parameters."""
+        return FoldCache, ()
+
     def get(self, parameters: AgentParameters, dtype: torch.dtype) -> FoldedParameters:
         """The folded parameters in ``dtype``, refreshed where needed."""
         place = dtype, parameters.weight1.device

@@ -23,7 +23,7 @@ def truncate(
     Equals transformers' ``TopKLogitsWarper`` followed by ``TopPLogitsWarper`` on the log-softmax,
     with equal probabilities ordered by id. The Triton body reads the logits once and needs
     capacities of at most 128, vocabularies of at most 262144 and bf16, fp16 or float32 logits; the
-    rest is done by the torch body.
+    rest is done by the torch body, and what needs a gradient.
 
     Args:
         logits: [B, V], any floating dtype; computed in float32.
@@ -52,7 +52,7 @@ def truncate(
     if dispatch.choose("truncate", logits.device).name == "triton":
         from mara_kernels.truncate import kernel
 
-        if kernel.covers(logits, capacity):
+        if kernel.covers(logits, capacity) and not dispatch.needs_gradient(logits):
             architecture = dispatch.architecture(logits.device)
             body = partial(kernel.truncate_triton, architecture=architecture)
     return body(logits, top_k=top_k, top_p=top_p, temperature=temperature, capacity=capacity)

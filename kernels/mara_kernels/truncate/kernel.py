@@ -81,10 +81,8 @@ def group_maxima(
         scale = inverse_temperature * _LOG2E
         # -inf - -inf is NaN; a tile without a finite logit sums to zero.
         origin = tl.where(top == float("-inf"), 0.0, top)
-        shift = origin * scale
-        total = tl.sum(tl.exp2(tl.fma(x, scale, -shift)), axis=0)
-        # The product was rounded in the shift, not in the fma: take the difference out.
-        total *= tl.exp2(-tl.fma(origin, scale, -shift))
+        # The difference first: it is exact near the maximum, however low the temperature.
+        total = tl.sum(tl.exp2((x - origin) * scale), axis=0)
         at = stats_ptr + (row * num_tiles + tile) * 2
         tl.store(at, top, mask=tile < num_tiles)
         tl.store(at + 1, total, mask=tile < num_tiles)
