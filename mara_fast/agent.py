@@ -96,6 +96,10 @@ class MaraAgent(nn.Module):
             self.ln.eps,
         )
 
+    def refresh_scoring(self) -> None:
+        """Has the scoring kernel look at the parameters anew, however they were written."""
+        self._fold_cache.invalidate()
+
     @property
     def decoding(self) -> DecodingConfig:
         """The decoding options it was trained with, over the general defaults."""

@@ -432,7 +432,7 @@ class Decoder:
         )
         state.num_tokens += chosen
         if not self.config.ignore_eos:
-            state.done.masked_fill_(chosen & torch.isin(token, self.eos_ids), EOS)
+            state.done.masked_fill_(chosen & (token[:, None] == self.eos_ids).any(-1), EOS)
         full = chosen & (state.num_tokens >= self.config.max_new_tokens) & (state.done == RUNNING)
         state.done.masked_fill_(full, LENGTH)
         state.size.masked_fill_(chosen & (state.done != RUNNING), 0)

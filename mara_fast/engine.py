@@ -310,6 +310,8 @@ class Run:
             return
         if not self.requests:
             return
+        if self.engine.agent is not None:
+            self.engine.agent.refresh_scoring()
         self.decoder = self._make_decoder()
         queue = deque(self.requests)
         while queue or self.prefilling or self.decoding:

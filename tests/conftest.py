@@ -64,8 +64,10 @@ def run_time_ranges() -> None:
 
     patch_tensor = interpreter._patch_lang_tensor
 
-    def with_index(tensor: Any, scope: Any) -> None:
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def with_index(tensor: Any, *scope: Any) -> None:
+        patch_tensor(tensor, *scope)
+        # Triton 3.4 and 3.5 patch the class for good, later ones for the scope of a launch.
+        set_attr = scope[0].set_attr if scope else setattr
+        set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = with_index

@@ -13,6 +13,7 @@ operation's own page says which.
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -53,6 +54,11 @@ def check(device: torch.device | None = None) -> None:
     if device is not None:
         for operation in OPERATIONS:
             choose(operation, device)
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[object]:
+    """Where Triton launches on the tensor's GPU: it takes the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def needs_gradient(*tensors: torch.Tensor | None) -> bool:

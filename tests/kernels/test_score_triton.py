@@ -211,6 +211,32 @@ def test_changed_parameters_are_folded_anew(change: str, device: torch.device, f
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(kept, again, strict=True))
 
 
+def test_folded_parameters_share_no_storage_with_the_agents(device: torch.device) -> None:
+    agent = make_agent(32, 64, device)
+    folded = fold(agent.parameters_for_scoring, torch.float32)
+    own = {tensor.data_ptr() for tensor in agent.parameters_for_scoring.tensors}
+    assert not own & {tensor.data_ptr() for tensor in folded}
+
+
+def test_what_nobody_records_is_folded_anew_for_training_and_on_request(
+    device: torch.device, folds: list
+) -> None:
+    """A fused optimizer writes without a trace."""
+    agent = make_agent(32, 64, device).requires_grad_(True)
+    states = torch.randn(3, 32).to(device)
+    optimizer = torch.optim.AdamW(agent.parameters(), lr=0.1, fused=True)
+    for _ in range(2):
+        d = agent.accept_logit(states)
+        assert torch.equal(d, score(states, agent.parameters_for_scoring))
+        d.sum().backward()
+        optimizer.step()
+    agent.requires_grad_(False)
+    agent.linear1.weight.data.mul_(2.0)
+    agent.refresh_scoring()
+    fresh = score(states, agent.parameters_for_scoring)
+    assert torch.equal(agent.accept_logit(states), fresh)
+
+
 def test_copies_have_folded_parameters_of_their_own(device: torch.device, folds: list) -> None:
     agent = make_agent(32, 64, device)
     states = torch.randn(3, 32).to(device)

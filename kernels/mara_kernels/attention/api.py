@@ -59,7 +59,9 @@ def candidate_attention(
     if body == "flash":
         from mara_kernels.attention import flash
 
-        if flash.covers(query, key, value, rows, sinks):
+        if flash.covers(query, key, value, rows, sinks) and not dispatch.needs_gradient(
+            query, key, value
+        ):
             return flash.attention_flash(
                 query,
                 key,
@@ -108,18 +110,19 @@ def _triton(
     from mara_kernels.attention.kernel import attention_triton
 
     tree = Tree(kind=kind, ancestors=ancestors, depths=depths, bits=bits)  # type: ignore[arg-type]
-    return attention_triton(
-        query,
-        key,
-        value,
-        NewRows(lengths=lengths, tree=tree, base=base),
-        scale=scale,
-        sliding_window=sliding_window,
-        softcap=softcap,
-        sinks=sinks,
-        architecture=dispatch.architecture(query.device),
-        num_processors=dispatch.num_processors(query.device),
-    )
+    with dispatch.on_device(query):
+        return attention_triton(
+            query,
+            key,
+            value,
+            NewRows(lengths=lengths, tree=tree, base=base),
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            architecture=dispatch.architecture(query.device),
+            num_processors=dispatch.num_processors(query.device),
+        )
 
 
 # Opaque to torch.compile, which would otherwise trace the launch; called by its plain name

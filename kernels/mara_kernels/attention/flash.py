@@ -19,7 +19,9 @@ def covers(query: Tensor, key: Tensor, value: Tensor, rows: NewRows, sinks: Tens
     return (
         rows.tree.kind == "siblings"
         and sinks is None
+        and rows.base > 0
         and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype == key.dtype == value.dtype
         and query.shape[-1] == value.shape[-1] <= 256
         and query.shape[-1] % 8 == 0
         and key.stride(-1) == 1

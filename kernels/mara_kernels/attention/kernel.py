@@ -137,7 +137,10 @@ def attend(
     key_ptr += slot * key_stride_b + kv_head.to(tl.int64) * key_stride_h
     value_ptr += slot * value_stride_b + kv_head.to(tl.int64) * value_stride_h
     query = tl.load(
-        query_ptr + head[:, None] * query_stride_h + row[:, None] * query_stride_w + d[None, :],
+        query_ptr
+        + head[:, None] * query_stride_h
+        + row[:, None].to(tl.int64) * query_stride_w
+        + d[None, :],
         mask=is_row[:, None] & (d[None, :] < D),
         other=0.0,
     )

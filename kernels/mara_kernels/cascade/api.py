@@ -56,12 +56,13 @@ def cascade(
         fits = accept_logit_BW.shape[1] <= kernel.MAX_WINDOW
         if fits and not dispatch.needs_gradient(accept_logit_BW):
             body = kernel.cascade_triton
-    return body(
-        accept_logit_BW,
-        offset=offset,
-        size=size,
-        held=held,
-        rule=rule,
-        sequence=sequence,
-        position=position,
-    )
+    with dispatch.on_device(accept_logit_BW):
+        return body(
+            accept_logit_BW,
+            offset=offset,
+            size=size,
+            held=held,
+            rule=rule,
+            sequence=sequence,
+            position=position,
+        )

@@ -44,6 +44,8 @@ def score(states: Tensor, parameters: AgentParameters, *, cache: FoldCache | Non
         if kernel.covers(states, parameters.weight1.shape[0]):
             tensors = parameters.tensors
             if dispatch.needs_gradient(states, *tensors):
+                if cache is not None:
+                    cache.invalidate()
                 return FusedScore.apply(states, parameters.norm_eps, cache, *tensors)
             return _fused(states, parameters, cache)
     return reference.score(states, parameters)
@@ -53,12 +55,13 @@ def _fused(states: Tensor, parameters: AgentParameters, cache: FoldCache | None)
     from mara_kernels.score.kernel import score_triton
 
     folded = (cache or FoldCache()).get(parameters, states.dtype)
-    return score_triton(
-        states,
-        folded,
-        norm_eps=parameters.norm_eps,
-        architecture=dispatch.architecture(states.device),
-    )
+    with dispatch.on_device(states):
+        return score_triton(
+            states,
+            folded,
+            norm_eps=parameters.norm_eps,
+            architecture=dispatch.architecture(states.device),
+        )
 
 
 class FusedScore(torch.autograd.Function):

@@ -46,8 +46,9 @@ def fold(parameters: AgentParameters, dtype: torch.dtype) -> FoldedParameters:
         weight1=pad_columns(rounded1).contiguous(),
         column_sums=rounded1.double().sum(1).float(),
         bias1=torch.addmv(bias1, weight1, norm_bias),
-        weight2=weight2.to(dtype).contiguous(),
-        bias2=bias2.contiguous(),
+        # Copies: what is kept is written to when it is refreshed.
+        weight2=weight2.to(dtype, copy=True, memory_format=torch.contiguous_format),
+        bias2=bias2.clone(),
         weight3=(weight3[1] - weight3[0]).contiguous(),
         bias3=(bias3[1:] - bias3[:1]).contiguous(),
     )
@@ -62,8 +63,9 @@ def pad_columns(matrix: Tensor) -> Tensor:
 class FoldCache:
     """Folded parameters, kept until a parameter changes.
 
-    A change is a new tensor or storage, or any in-place operation that autograd would see, such as
-    an optimizer's step; writing through ``.data`` goes unnoticed. The folded tensors keep their
+    A change is a new tensor or storage, or any in-place operation that autograd would see. Fused
+    optimizers and writing through ``.data`` go unnoticed: call :meth:`invalidate` after them, as a
+    forward pass for training and the beginning of a decoding run do. The folded tensors keep their
     storage, so a captured graph that reads them stays right once they are refreshed.
     """
 
@@ -74,6 +76,11 @@ class FoldCache:
         """A copy, of an agent or through a pickle, starts empty: what is kept here is known by the
         addresses of the original's parameters."""
         return FoldCache, ()
+
+    def invalidate(self) -> None:
+        """Folds anew at the next use, into the same storage."""
+        for kept in self._kept.values():
+            kept.invalidate()
 
     def get(self, parameters: AgentParameters, dtype: torch.dtype) -> FoldedParameters:
         """The folded parameters in ``dtype``, refreshed where needed."""
@@ -100,6 +107,9 @@ class _Kept:
         # Aliases: while they live no other tensor can come to lie at the same address.
         self._aliases = [tensor.detach() for tensor in parameters.tensors]
         self._state = _state(parameters)
+
+    def invalidate(self) -> None:
+        self._state = None
 
     def is_current(self, parameters: AgentParameters) -> bool:
         state = _state(parameters)

@@ -55,4 +55,5 @@ def truncate(
         if kernel.covers(logits, capacity) and not dispatch.needs_gradient(logits):
             architecture = dispatch.architecture(logits.device)
             body = partial(kernel.truncate_triton, architecture=architecture)
-    return body(logits, top_k=top_k, top_p=top_p, temperature=temperature, capacity=capacity)
+    with dispatch.on_device(logits):
+        return body(logits, top_k=top_k, top_p=top_p, temperature=temperature, capacity=capacity)

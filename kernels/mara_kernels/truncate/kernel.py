@@ -201,7 +201,8 @@ def select(
 
     # Top-p over what is left: the mass from a token to the tail.
     best = tl.max(logprob, axis=0)
-    weight = tl.where(is_kept, tl.exp2((logprob - best) * _LOG2E), 0.0)
+    # Scaled up: a GPU flushes to zero what float32 could still hold below 2**-126.
+    weight = tl.where(is_kept, tl.exp2((logprob - best) * _LOG2E + 24.0), 0.0)
     prob = weight / tl.sum(weight, axis=0)
     mass = tl.sum(tl.where(before, 0.0, prob[None, :]), axis=1)
     size = tl.maximum(tl.sum((is_kept & (mass > tail_mass)).to(tl.int32), axis=0), 1)
