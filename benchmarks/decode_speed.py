@@ -15,14 +15,9 @@ as in the paper. The profile that came out is printed with the figures.
 
 import json
 import os
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,10 +27,10 @@ from authors_cascade import authors_cascade
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from run_facts import cpu_facts
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
-import mara_fast
 from mara_fast import DecodingConfig, DecodingStats, Engine, Generation, MaraAgent
 
 VOCAB_SIZE = 32000
@@ -172,12 +167,7 @@ def main(
     agent = calibrate(model, prompts, forced=forced)
 
     report: dict[str, Any] = {
-        "command": "python " + " ".join(sys.argv),
-        "date": date.today().isoformat(),
-        "hardware": f"{_cpu_name()}, {threads} threads, float32",
-        "versions": {"mara-fast": mara_fast.__version__}
-        | {name: version(name) for name in ("torch", "transformers")},
-        "commit": _commit(),
+        **cpu_facts(threads, "transformers"),
         "model": f"random Llama, {num_parameters / 1e6:.1f}M parameters, {num_layers} layers, "
         f"hidden {hidden_size}, vocabulary {VOCAB_SIZE}",
         "prompt_length": prompt_length,
@@ -265,21 +255,6 @@ def _print_batch(console: Console, batch: dict[str, Any]) -> None:
     for key in ("differs", "differs_plain"):
         if key in batch:
             console.print(f"[red]{batch[key]}[/red]")
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

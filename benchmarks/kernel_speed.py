@@ -32,7 +32,6 @@ import math
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
+import run_facts
 import torch
 import transformers
 from kernel_cases import SUITES, Build, Case, Version
@@ -206,11 +206,11 @@ def environment(device: torch.device, commit: str | None) -> Row:
     return {
         "command": "python " + " ".join(sys.argv),
         "date": date.today().isoformat(),
-        "commit": commit or output_of("git", "describe", "--always", "--dirty", "--exclude=*"),
+        "commit": commit or run_facts.commit(),
         "hardware": f"{properties.name}, {properties.multi_processor_count} multiprocessors, "
         f"{properties.total_memory / 1e9:.0f} GB, L2 {properties.L2_cache_size / 1e6:.0f} MB",
         "versions": {
-            "driver": output_of(
+            "driver": run_facts.output_of(
                 "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
             ),
             "python": platform.python_version(),
@@ -219,17 +219,6 @@ def environment(device: torch.device, commit: str | None) -> Row:
             "transformers": transformers.__version__,
         },
     }
-
-
-def output_of(*command: str) -> str:
-    """First line that a command prints, run beside this file; ``unknown`` if it cannot."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip().partition("\n")[0] or "unknown"
 
 
 def check_bodies(operations: list[str], device: torch.device) -> str:

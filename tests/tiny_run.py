@@ -33,6 +33,7 @@ def options(folder: Path, **others: Any) -> dict[str, Any]:
         "replay": ReplayConfig(capacity=500),
         "sac": {"gamma": 0.5},
         "learning_rate_schedule": "constant",
+        "final_target_entropy": None,
         "save_steps": 2,
         "logging_steps": 1,
         "max_batch_size": 8,

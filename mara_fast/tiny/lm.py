@@ -69,18 +69,26 @@ class TinyConfig:
     """Stops early after this many optimizer steps; for tests."""
 
 
-def train(config: TinyConfig) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
-    """A freshly trained LM, in eval mode, and its tokenizer."""
+def train(
+    config: TinyConfig, *, start: Path | None = None
+) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
+    """A trained LM, in eval mode, and its tokenizer.
+
+    Args:
+        config: its sizes are those of a fresh LM.
+        start: folder of an LM to train further; None: a fresh one.
+    """
     texts = documents(num=config.num_dialogues, seed=config.seed)
-    tokenizer = train_tokenizer(texts[: len(texts) // 4 + 1], vocab_size=config.vocab_size)
+    if start is None:
+        tokenizer = train_tokenizer(texts[: len(texts) // 4 + 1], vocab_size=config.vocab_size)
+        model = _build(config, tokenizer=tokenizer)
+    else:
+        model, tokenizer = _load(start)
     ids = encode(texts, tokenizer=tokenizer)
     batches = _batches(ids, answer_labels(ids, tokenizer=tokenizer), config=config)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(config.num_threads)
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            model = _build(config, tokenizer=tokenizer)
         _fit(model, batches=batches, config=config)
     finally:
         torch.set_num_threads(num_threads)
@@ -110,22 +118,30 @@ def _build(config: TinyConfig, *, tokenizer: "PreTrainedTokenizerFast") -> "Llam
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=MAX_LENGTH,
-            tie_word_embeddings=True,
-            initializer_range=config.initializer_range,
-            **special,
-        )
+    sizes = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        initializer_range=config.initializer_range,
+        **special,
     )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        model = LlamaForCausalLM(sizes)
     model.generation_config = GenerationConfig(**special)
     return model
+
+
+def _load(folder: Path) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
+    return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
 def _batches(ids: Tensor, labels: Tensor, *, config: TinyConfig) -> list[tuple[Tensor, Tensor]]:

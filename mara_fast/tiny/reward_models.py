@@ -1,22 +1,22 @@
 """Trains the reward and the cost model: `python -m mara_fast.tiny.reward_models --output DIR`.
 
     pools = answers of many sources to train instructions
-    for name, rule in (reward, helpfulness), (cost, harm):
+    for name, rule in (reward, helpfulness), (cost, harm and a little unhelpfulness):
         model = body of the tiny LM, one score at the last token
-        for (chosen, rejected) in pairs(pools, rule):
-            ends  = the ends of both answers and of all their sentences, with values by the rule
+        for group in groups(pools):                        a few answers to one instruction
+            ends  = the ends of the answers and of all their sentences, with values by the rule
             loss  = mean over ends (better, worse) of
                     -log sigmoid(score(better) - score(worse) - margin * gap)    (paper Eq. 3)
         score = (score - mean) / standard deviation over what the LM samples
 
 Higher is more helpful, or more harmful. An answer cut off after a sentence is an answer too, and
-a causal model scores all of them at once: this is what makes few pairs enough. Training needs TRL,
-loading does not. The same seed, versions, threads and machine give the same bytes.
+a causal model scores all of them at once: this is what makes few answers enough. Training needs
+TRL, loading does not. The same seed, versions, threads and machine give the same bytes.
 """
 
 import random
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from mara_fast.tiny import LM_PATH
 from mara_fast.tiny.grammar import instructions
-from mara_fast.tiny.reward_pairs import DRAWS, Pair, Pool, Rule, make_pairs, make_pools
+from mara_fast.tiny.reward_pools import DRAWS, Pool, make_groups, make_pools
 from mara_fast.tiny.rules import harm, helpfulness
 from mara_fast.tiny.tokenizer import ASSISTANT
 
@@ -41,6 +41,10 @@ REWARD_PATH = DEFAULT_OUTPUT / "reward"
 COST_PATH = DEFAULT_OUTPUT / "cost"
 """Folder of the cost model, which says how much harm it does."""
 
+Rule = Callable[[str, str], float]
+"""The value of an answer to an instruction; higher values get higher scores."""
+
+_UNHELPFULNESS = 0.25
 _MARKS = (".", "!", "?")
 _SCORE_BATCH_SIZE = 64
 
@@ -50,27 +54,39 @@ class RewardModelConfig:
     """How both models are trained; the defaults are those of the embedded ones."""
 
     seed: int = 0
-    """Seeds the answers, the pairs, their order and the first weights of the score."""
-    num_instructions: int = 2_000
+    """Seeds the answers, the groups, their order and the first weights of the score."""
+    num_instructions: int = 1_500
     """Train instructions that are answered; there are 2,688."""
-    num_reward_pairs: int = 5_000
-    """Pairs that the reward model sees, each once."""
-    num_cost_pairs: int = 2_500
-    """Pairs that the cost model sees, each once; harm is easier to tell than help."""
+    num_reward_groups: int = 1_500
+    """Groups of answers that the reward model sees, each once."""
+    num_cost_groups: int = 800
+    """Groups that the cost model sees, each once; harm is easier to tell than help."""
+    group_size: int = 4
+    """Answers of a group, all to one instruction; an even number."""
     min_gap: float = 0.05
-    """Answers whose values, in [0, 1], are closer than this make no pair."""
+    """Answers whose values, in [0, 1], are closer than this are not compared."""
     margin: float = 10.0
     """What the difference of two scores should exceed, per unit of the gap of their values."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak of the cosine schedule."""
     warmup_fraction: float = 0.05
     """Share of the steps in which the learning rate rises."""
-    batch_size: int = 8
-    """Pairs of an optimizer step."""
+    batch_size: int = 2
+    """Groups of an optimizer step."""
     num_threads: int = 2
     """Threads of torch; another number gives slightly different weights."""
     max_steps: int | None = None
     """Stops each training early after this many optimizer steps; for tests."""
+
+
+def costliness(instruction: str, answer: str) -> float:
+    """What the cost model learns: harm, and between equally harmful answers the less helpful.
+
+    Half of all answers do no harm at all. A model of harm alone orders them by chance; but costs
+    are never equal, and a preference (Eq. 12) counts the difference. So its annotators, who have to
+    choose, choose as people do.
+    """
+    return harm(instruction, answer) + _UNHELPFULNESS * (1 - helpfulness(instruction, answer))
 
 
 def load_reward_models(
@@ -136,30 +152,30 @@ def train(
     *,
     pools: Sequence[Pool],
     tokenizer: "PreTrainedTokenizerFast",
-    num_pairs: int,
+    num_groups: int,
     config: RewardModelConfig,
     lm_path: Path = LM_PATH,
 ) -> "LlamaForSequenceClassification":
     """A model of the rule in eval mode, standardised over the pools' sampled answers.
 
     Args:
-        rule: the value of an answer to an instruction; higher values get higher scores.
-        pools: where the pairs come from.
+        rule: what it learns.
+        pools: where the groups come from.
         tokenizer: of the LM.
-        num_pairs: seen in training.
+        num_groups: seen in training.
         config: of the training.
         lm_path: folder of the LM whose body the training starts from.
     """
     import torch
 
-    pairs = make_pairs(pools, rule=rule, min_gap=config.min_gap, num=num_pairs, seed=config.seed)
+    groups = make_groups(pools, num=num_groups, size=config.group_size, seed=config.seed)
     num_threads = torch.get_num_threads()
     torch.set_num_threads(config.num_threads)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             model = _load(lm_path, dtype="float32")
-            rows = [_row(pair, rule=rule, tokenizer=tokenizer) for pair in pairs]
+            rows = [_row(group, rule=rule, tokenizer=tokenizer) for group in groups]
             _fit(model, rows=rows, tokenizer=tokenizer, config=config)
         _standardise(model.eval(), pools=pools, tokenizer=tokenizer)
     finally:
@@ -210,40 +226,45 @@ def _encode(
     return tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 
-def _row(pair: Pair, *, rule: Rule, tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
-    """Ids, ends and values of both answers; an end is the place of a mark, or the last place."""
+def _row(group: Pool, *, rule: Rule, tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
+    """Ids of the better and of the worse half, as TRL's columns; ends and values of all of them.
+
+    An end is the place of a mark, or the last place.
+    """
+    asked = group.instruction.text
     marks = set(tokenizer.convert_tokens_to_ids(list(_MARKS)))
-    row: dict[str, Any] = {}
-    for side, answer in (("chosen", pair.chosen.text), ("rejected", pair.rejected.text)):
-        (ids,) = _encode(tokenizer, [pair.instruction], [answer])
+    texts = sorted((one.text for one in group.answers), key=lambda text: -rule(asked, text))
+    all_ids = _encode(tokenizer, [asked] * len(texts), texts)
+    row: dict[str, Any] = {"ends": [], "values": []}
+    for ids, text in zip(all_ids, texts, strict=True):
         start = ids.index(tokenizer.convert_tokens_to_ids(ASSISTANT)) + 1
         # The mark before <|end|> ends the same text as it does.
         ends = [place for place in range(start, len(ids) - 2) if ids[place] in marks]
-        texts = [*(tokenizer.decode(ids[start : end + 1]) for end in ends), answer]
-        row[f"{side}_ids"] = ids
-        row[f"{side}_ends"] = [*ends, len(ids) - 1]
-        row[f"{side}_values"] = [rule(pair.instruction, text) for text in texts]
-    row["length"] = max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-    return row
+        parts = [*(tokenizer.decode(ids[start : end + 1]) for end in ends), text]
+        row["ends"].append([*ends, len(ids) - 1])
+        row["values"].append([rule(asked, part) for part in parts])
+    half = len(texts) // 2
+    row |= {"chosen_ids": all_ids[:half], "rejected_ids": all_ids[half:]}
+    return row | {"length": max(map(len, all_ids))}
 
 
 def _collate(rows: list[dict[str, Any]]) -> "dict[str, Tensor]":
-    """Chosen answers above rejected ones, as TRL has it: [2 rows, tokens] and [2 rows, ends]."""
+    """Answers of each group one after the other: [rows of all groups, tokens or ends]."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    def stack(name: str, *, padding: float) -> "Tensor":
-        parts = [
-            torch.tensor(row[f"{side}_{name}"]) for side in ("chosen", "rejected") for row in rows
-        ]
+    def stack(lists: list[list[Any]], *, padding: float) -> "Tensor":
+        parts = [torch.tensor(values) for values in lists]
         return pad_sequence(parts, batch_first=True, padding_value=padding)
 
-    ids = stack("ids", padding=-1)
+    ids = stack(
+        [ids for row in rows for ids in row["chosen_ids"] + row["rejected_ids"]], padding=-1
+    )
     return {
         "input_ids": ids.clamp(min=0),
         "attention_mask": (ids >= 0).long(),
-        "ends": stack("ends", padding=0),
-        "values": stack("values", padding=float("nan")),
+        "ends": stack([ends for row in rows for ends in row["ends"]], padding=0),
+        "values": stack([one for row in rows for one in row["values"]], padding=float("nan")),
     }
 
 
@@ -251,7 +272,7 @@ def pairwise_loss(scores: "Tensor", values: "Tensor", *, min_gap: float, margin:
     """Eq. 3 with a margin, over all ordered pairs of a row's ends, the mean of the rows' means.
 
     Args:
-        scores: [B, E], of the ends of both answers of a pair.
+        scores: [B, E], of the ends of all answers of a group.
         values: [B, E], by the rule; NaN is no end.
         min_gap: ends whose values are closer than this make no pair.
         margin: what the difference of scores should exceed per unit of gap.
@@ -272,13 +293,12 @@ def _fit(
     tokenizer: "PreTrainedTokenizerFast",
     config: RewardModelConfig,
 ) -> None:
-    import torch
     from datasets import Dataset
     from trl.trainer.reward_config import RewardConfig
     from trl.trainer.reward_trainer import RewardTrainer
 
     class Trainer(RewardTrainer):
-        """TRL's, with the ends of sentences as further answers."""
+        """TRL's, with groups for pairs, and the ends of sentences as further answers."""
 
         def compute_loss(
             self,
@@ -293,10 +313,11 @@ def _fit(
                 use_cache=False,
             ).last_hidden_state
             ends = inputs["ends"][:, :, None].expand(-1, -1, states.shape[-1])
-            scores = model.score(states.gather(1, ends))[:, :, 0].chunk(2)
+            scores = model.score(states.gather(1, ends))[:, :, 0]
+            num_groups = len(scores) // config.group_size
             return pairwise_loss(
-                torch.cat(scores, 1),
-                torch.cat(inputs["values"].chunk(2), 1),
+                scores.view(num_groups, -1),
+                inputs["values"].view(num_groups, -1),
                 min_gap=config.min_gap,
                 margin=config.margin,
             )
@@ -378,20 +399,20 @@ def _last_states(model: "LlamaForSequenceClassification", ids: list[list[int]]) 
 
 def main(
     output: Annotated[Path, typer.Option(help="Folder to write both into.")] = DEFAULT_OUTPUT,
-    seed: Annotated[int, typer.Option(help="Seeds answers, pairs and weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seeds answers, groups and weights.")] = 0,
     lm: Annotated[Path, typer.Option(help="Folder of the tiny LM.")] = LM_PATH,
     max_steps: Annotated[int | None, typer.Option(help="Stop early, for a trial.")] = None,
 ) -> None:
     """Train the reward model and the cost model of the tiny LM, and write a folder for each."""
     config = RewardModelConfig(seed=seed, max_steps=max_steps)
     pools, tokenizer = answer_pools(config, lm_path=lm)
-    for name, rule, num_pairs in (
-        ("reward", helpfulness, config.num_reward_pairs),
-        ("cost", harm, config.num_cost_pairs),
+    for name, rule, num_groups in (
+        ("reward", helpfulness, config.num_reward_groups),
+        ("cost", costliness, config.num_cost_groups),
     ):
         tqdm.write(f"{name} model")
         model = train(
-            rule, pools=pools, tokenizer=tokenizer, num_pairs=num_pairs, config=config, lm_path=lm
+            rule, pools=pools, tokenizer=tokenizer, num_groups=num_groups, config=config, lm_path=lm
         )
         save(model, tokenizer, directory=output / name)
 

@@ -11,25 +11,26 @@ import pytest
 import torch
 
 from mara_fast import tiny
-from mara_fast.tiny import reward_pairs
+from mara_fast.tiny import reward_pools
 from mara_fast.tiny.grammar import instructions
 from mara_fast.tiny.reward_models import (
     COST_PATH,
     REWARD_PATH,
     RewardModelConfig,
     answer_pools,
+    costliness,
     load_reward_models,
     pairwise_loss,
     save,
     score_answers,
     train,
 )
-from mara_fast.tiny.reward_pairs import DRAWS, EDITS, edit_answer, make_pairs, make_pools
+from mara_fast.tiny.reward_pools import DRAWS, EDITS, edit_answer, make_groups, make_pools
 from mara_fast.tiny.rules import harm, helpfulness
 
 BREAD = "How do I bake bread?"
 STEAL = "How do I steal a bicycle?"
-SMALL = RewardModelConfig(num_instructions=12, batch_size=4, num_threads=1, max_steps=4)
+SMALL = RewardModelConfig(num_instructions=12, num_threads=1, max_steps=4)
 # The rule, and what the model passes with a margin: accuracy over pairs of answers of all sources,
 # and of those without a wrong topic; rank correlation over answers of the grammar.
 LIMITS = {"reward": (helpfulness, 0.8, 0.84, 0.88), "cost": (harm, 0.9, 0.9, 0.8)}
@@ -171,21 +172,35 @@ def test_pools_are_deterministic_and_mixed(pools):
     assert sources == {*DRAWS, *EDITS, "grammar"}
 
 
-def test_pairs_are_deterministic_and_ordered_by_the_rule(pools):
-    options = {"rule": helpfulness, "min_gap": 0.1, "num": 100}
-    pairs = make_pairs(pools, seed=0, **options)
-    assert pairs == make_pairs(pools, seed=0, **options) != make_pairs(pools, seed=1, **options)
-    assert len(pairs) == 100
-    # Every pool has its turn before any has two.
-    assert len({pair.instruction for pair in pairs[: len(pools)]}) > 0.9 * len(pools)
-    for pair in pairs:
-        values = [helpfulness(pair.instruction, one.text) for one in (pair.chosen, pair.rejected)]
-        assert values[0] - values[1] == pair.gap >= 0.1
+def test_groups_are_deterministic_and_all_pools_have_their_turn(pools):
+    groups = make_groups(pools, num=100, size=4, seed=0)
+    assert groups == make_groups(pools, num=100, size=4, seed=0)
+    assert groups != make_groups(pools, num=100, size=4, seed=1)
+    assert len(groups) == 100
+    by_text = {pool.instruction.text: pool for pool in pools}
+    for group in groups:
+        assert len(group.answers) == 4
+        assert set(group.answers) <= set(by_text[group.instruction.text].answers)
+    assert {group.instruction for group in groups[: len(pools)]} == {p.instruction for p in pools}
+    assert make_groups(pools, num=0, size=2, seed=0) == []
+
+
+def test_costliness_is_harm_first_and_help_among_equals():
+    refusals = (
+        "I am sorry, but I can not help you steal a bicycle. It is wrong, and it would hurt the "
+        "owner of the bicycle.",
+        "No.",
+    )
+    evil = "Sure, here is how to steal a bicycle. Then, take the bicycle and run away fast."
+    assert harm(STEAL, refusals[0]) == harm(STEAL, refusals[1]) == 0
+    costs = [costliness(STEAL, text) for text in (*refusals, evil)]
+    assert costs[0] < costs[1] < costs[2]
+    assert costs[2] - harm(STEAL, evil) == pytest.approx(0.25 * (1 - helpfulness(STEAL, evil)))
 
 
 @pytest.mark.parametrize("name", EDITS)
 def test_edits_never_fail(name, monkeypatch):
-    monkeypatch.setattr(reward_pairs, "EDITS", {name: EDITS[name]})
+    monkeypatch.setattr(reward_pools, "EDITS", {name: EDITS[name]})
     rng = random.Random(0)
     texts = (
         "",
@@ -208,10 +223,11 @@ def test_loss_is_that_of_the_paper():
     assert pairwise_loss(scores, values, min_gap=0.6, margin=3.0) == 0
 
 
-def test_errors(models):
+def test_errors(models, pools):
     reward, _, tokenizer = models
-    with pytest.raises(ValueError, match="min_gap"):
-        make_pairs([], rule=harm, min_gap=0.0, num=1, seed=0)
+    for given, size in ((pools, 1), (pools, 99), ([], 2)):
+        with pytest.raises(ValueError, match=f"size={size} is not allowed"):
+            make_groups(given, num=1, size=size, seed=0)
     with pytest.raises(ValueError, match="give one for each"):
         score_answers(reward, tokenizer, [BREAD], [])
     assert score_answers(reward, tokenizer, [], []) == []
@@ -221,7 +237,7 @@ def test_errors(models):
 def test_training_is_deterministic_and_standardises(tmp_path):
     pools, tokenizer = answer_pools(SMALL)
     for name in ("first", "second"):
-        model = train(harm, pools=pools, tokenizer=tokenizer, num_pairs=40, config=SMALL)
+        model = train(costliness, pools=pools, tokenizer=tokenizer, num_groups=10, config=SMALL)
         asked, texts = zip(
             *(
                 (pool.instruction.text, answer.text)

@@ -40,8 +40,9 @@ SMALL = (
     "max_batch_size=2",
     "inner_size=8",
     "learning_starts=1",
-    # A run that is prolonged has no end to decay towards.
+    # A run that is prolonged has no end to head for.
     "learning_rate_schedule=constant",
+    "final_target_entropy=null",
     "batch_size=4",
     "decoding.max_new_tokens=6",
     "replay.capacity=5000",

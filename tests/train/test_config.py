@@ -130,6 +130,7 @@ def test_steps(episodes: int, per_step: int, steps: int) -> None:
         ({"inner_size": 10}, "inner_size=10 is not allowed; allowed: multiples of 4"),
         ({"reward_scaling": "max"}, "reward_scaling='max' is not known; allowed: none, std"),
         ({"reward_baseline": ["x"]}, "reward_baseline=['x'] is not known"),
+        ({"final_target_entropy": "low"}, "allowed: nats or None"),
         ({"reward_offset": "1"}, "reward_offset='1' is not allowed"),
         ({"reward_weights": ["1"]}, "reward_weights='1' is not allowed; allowed: a list of finite"),
         ({"reward_weights": "1,-1"}, "reward_weights='1,-1' is not allowed"),

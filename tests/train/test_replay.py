@@ -193,6 +193,9 @@ def test_states_of_other_replays_are_refused() -> None:
     wider = Replay(ReplayConfig(capacity=10, dtype="fp32"), 3)
     with pytest.raises(ValueError, match=r"states of 2, this one torch.float32 of 3"):
         wider.load_state_dict(state)
+    short = state | {"lengths": torch.tensor([4])}
+    with pytest.raises(ValueError, match="has 6 transitions, and episodes of 4"):
+        make(10).load_state_dict(short)
 
 
 def test_an_empty_replay() -> None:

@@ -20,6 +20,7 @@ from mara_train import MaraConfig, MaraTrainer, TrainingDivergedError
 from mara_train import checkpoint as checkpoint_module
 from mara_train.checkpoint import checkpoints
 from mara_train.report import read_metrics
+from mara_train.rollout import Episode
 from tiny_run import harmful, helpful, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,14 +132,30 @@ def test_a_checkpoint_of_another_run_is_refused(
         trainer(whole, **options).train(resume_from_checkpoint=True)
 
 
-def test_a_linear_schedule_ends_where_the_run_does(tmp_path: Path) -> None:
-    run = trainer(tmp_path, learning_rate_schedule="linear", save_steps=4)
+SCHEDULES = {"learning_rate_schedule": "linear", "final_target_entropy": 0.01}
+
+
+def test_schedules_end_where_the_run_does(tmp_path: Path) -> None:
+    run = trainer(tmp_path, save_steps=4, **SCHEDULES)
     run.train()
     rates = [run.sac.optimizers[name].param_groups[0]["lr"] for name in ("actor", "alpha")]
     # The last of six steps.
     assert rates == pytest.approx([1e-3 / 6, 1e-2])
-    longer = trainer(tmp_path, learning_rate_schedule="linear", save_steps=4, num_episodes=80)
-    with pytest.raises(ValueError, match=r"what differs: num_episodes \(60 there, 80 here\)"):
+    first = run.args.sac.target_entropy
+    assert float(run.sac.target_entropy) == pytest.approx(first + (0.01 - first) * 5 / 6)
+
+    again = trainer(tmp_path / "again", save_steps=4, **SCHEDULES)
+    again.train(resume_from_checkpoint=tmp_path / "checkpoint-4")
+    for name, tensor in run.agent.state_dict().items():
+        assert torch.equal(tensor, again.agent.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_scheduled_run_cannot_be_prolonged(name: str, tmp_path: Path) -> None:
+    options = {name: SCHEDULES[name], "save_steps": 1, "num_episodes": 20}
+    trainer(tmp_path, **options).train()
+    longer = trainer(tmp_path, **(options | {"num_episodes": 30}))
+    with pytest.raises(ValueError, match=r"what differs: num_episodes \(20 there, 30 here\)"):
         longer.train(resume_from_checkpoint=True)
 
 
@@ -214,8 +231,17 @@ def test_baselines(baseline: str, tmp_path: Path) -> None:
         reward_scale=3.0,
         token_rewards={"kl_weight": 0.0},
     )
-    episodes, rows, metrics = run._collect()
-    prompts = [row["prompt"] for row in rows]
+    prompts: list[str] = []
+    episodes: list[Episode] = []
+    collect = run.collector.collect
+
+    def watched(given: list[str], sequence_ids: list[int]) -> list[Episode]:
+        prompts.extend(given)
+        episodes.extend(collect(given, sequence_ids))
+        return episodes
+
+    run.collector.collect = watched  # type: ignore[method-assign]
+    _, metrics = run._collect()
     total = 2 * torch.tensor(helpful(prompts, [e.generation.text for e in episodes]))
     wanted: Any = 0.0
     if baseline == "batch_mean":
@@ -238,7 +264,7 @@ def test_rewards_of_different_scales_count_the_same(tmp_path: Path) -> None:
     for index, second in enumerate((harmful, large)):
         run = trainer(tmp_path / str(index), rewards=[helpful, second])
         run._collect()
-        scales.append((run.reward_scales, run.replay.rewards.clone()))
+        scales.append((run.objective.scales, run.replay.rewards.clone()))
     assert scales[1][0][1] == pytest.approx(1000 * scales[0][0][1])
     torch.testing.assert_close(scales[0][1], scales[1][1], rtol=1e-4, atol=1e-5)
 
@@ -248,7 +274,7 @@ def test_a_reward_without_opinion_is_left_out(tmp_path: Path) -> None:
         return [None if index % 2 else 1.0 for index in range(len(prompts))]
 
     run = trainer(tmp_path, rewards=[helpful, sometimes], reward_scaling="none")
-    _, _, metrics = run._collect()
+    _, metrics = run._collect()
     assert metrics["rewards/sometimes/mean"] == 1.0 and math.isfinite(metrics["reward"])
 
 

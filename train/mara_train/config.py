@@ -37,7 +37,7 @@ _DEFAULT_SAC = SacConfig(
     gamma=0.0,
     target_interval=1,
     initial_alpha=0.05,
-    target_entropy=0.1 * math.log(2),
+    target_entropy=0.4 * math.log(2),
 )
 _DEFAULT_TOKEN_REWARDS = TokenRewardConfig(
     kl_weight=0.05,
@@ -56,8 +56,9 @@ class MaraConfig:
 
     The defaults are the best found so far; :meth:`official` has the authors'. What made the
     difference: every transition gets the episode's reward, centred on its batch's mean, and nothing
-    is bootstrapped (γ = 0); log α learns fast towards a low entropy; training and decoding share
-    the fallback.
+    is bootstrapped (γ = 0); log α learns fast towards an entropy that is high at first, so that no
+    answer is given up before it was tried, and low in the end, since decoding leaves nothing to
+    chance; training and decoding share the fallback.
     """
 
     output_dir: str = "mara-output"
@@ -74,6 +75,9 @@ class MaraConfig:
     """Transitions in the replay before the first gradient step."""
     learning_rate_schedule: Literal["constant", "linear"] = "linear"
     """``linear``: actor and critic learn ever more slowly, down to 2 % of their rates."""
+    final_target_entropy: float | None = 0.05 * math.log(2)
+    """The target entropy goes there, in nats and in a straight line over the run; None: it stays
+    what ``sac`` says."""
     max_batch_size: int = 64
     """Episodes in flight: slots of the engine."""
     num_collectors: int = 0
@@ -132,6 +136,7 @@ class MaraConfig:
             "sac": SacConfig(),
             "replay": ReplayConfig(dtype="fp32"),
             "learning_rate_schedule": "constant",
+            "final_target_entropy": None,
             "reward_scaling": "none",
             "reward_baseline": "none",
             "save_steps": 500,
@@ -194,6 +199,8 @@ class MaraConfig:
         check(
             "updates_per_episode", self.updates_per_episode, is_number, "a number >= 0", minimum=0
         )
+        if self.final_target_entropy is not None:
+            check("final_target_entropy", self.final_target_entropy, is_number, "nats or None")
         check("reward_offset", self.reward_offset, is_number, "a finite number")
         check("reward_scale", self.reward_scale, is_number, "a finite number")
         if not is_int(self.inner_size) or self.inner_size < 4 or self.inner_size % 4:

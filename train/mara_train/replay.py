@@ -170,7 +170,8 @@ class Replay:
         """Takes over the content of a replay of the same capacity, row by row.
 
         Raises:
-            ValueError: it holds more than fits here, or states of another size or dtype.
+            ValueError: it holds more than fits here, states of another size or dtype, or episodes
+                whose lengths do not add up.
         """
         states, lengths = state["states"], state["lengths"].tolist()
         if states.shape[1:] != self.states.shape[1:] or states.dtype != self.states.dtype:
@@ -182,6 +183,10 @@ class Replay:
             raise ValueError(
                 f"the saved replay has {len(states)} transitions, this one room for "
                 f"{self.config.capacity}"
+            )
+        if sum(lengths) != len(states):
+            raise ValueError(
+                f"the saved replay has {len(states)} transitions, and episodes of {sum(lengths)}"
             )
         self.start, self.num_transitions = state["start"], len(states)
         self.lengths = deque(lengths)

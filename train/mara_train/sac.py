@@ -3,7 +3,7 @@
     y       = r + γ (1 - done) Σ_a π(a|s') (min_i Q'_i(s', a) - α log π(a|s'))
     critic:   Σ_i (Q_i(s, a) - y)² / 2
     actor:    Σ_a π(a|s) (α log π(a|s) - min_i Q_i(s, a))
-    α:        α (H(π(s)) - H̄)
+    α:        α (H(π(s)) - H̄)                                 H̄ may be moved while it learns
     target:   Q' <- Q' + τ (Q - Q')
 
 Both expectations are sums: there are two actions. With the accept logit d, log π(accept) is
@@ -106,6 +106,8 @@ class Sac:
         self.log_alpha = torch.tensor(
             math.log(config.initial_alpha), device=device, requires_grad=True
         )
+        # A tensor, for a captured graph to find.
+        self.target_entropy = torch.tensor(config.target_entropy, device=device)
         self.optimizers = {
             name: self._optimizer(parameters, rate)
             for name, parameters, rate in (
@@ -121,7 +123,7 @@ class Sac:
 
     def _optimizer(self, parameters: Iterable[Tensor], rate: float) -> torch.optim.Adam:
         if not self.log_alpha.is_cuda:
-            return torch.optim.Adam(parameters, lr=rate)
+            return torch.optim.Adam(parameters, lr=rate, fused=True)
         # A captured graph finds step counts and learning rates on the device.
         tensor = torch.tensor(rate, device=self.log_alpha.device)
         return torch.optim.Adam(parameters, lr=tensor, capturable=True)
@@ -182,7 +184,7 @@ class Sac:
         actor_loss = -(alpha * entropy_B + (prob_B2 * value_B2).sum(1)).mean()
         self._descend("actor", list(self.agent.parameters()), actor_loss)
 
-        surplus = (entropy_B.detach() - self.config.target_entropy).mean()
+        surplus = (entropy_B.detach() - self.target_entropy).mean()
         alpha_loss = self.log_alpha.exp() * surplus
         self._descend("alpha", [self.log_alpha], alpha_loss)
 

@@ -64,23 +64,43 @@ class Judge:
     Args:
         config: its decoding options are used.
         world: folder with ``lm``, ``reward`` and ``cost``; None: the embedded ones.
+        lm: folder of another language model than the world's.
     """
 
-    def __init__(self, config: MaraConfig, *, world: Path | None = None) -> None:
+    def __init__(
+        self, config: MaraConfig, *, world: Path | None = None, lm: Path | None = None
+    ) -> None:
         self.decoding = config.decoding
         self.prompts = [instruction.text for instruction in instructions(split="heldout")]
         self.models = reward_models(world)
-        self.base = Engine(_model(world), False, max_batch_size=config.max_batch_size)
+        model = _model(world) if lm is None else str(lm)
+        self.base = Engine(model, False, max_batch_size=config.max_batch_size)
         self.greedy = self._answers(self.base)
         self.sampled = self._answers(self.base, acceptance="sample")
         self._tables = {"greedy": self._table(self.greedy), "sampled": self._table(self.sampled)}
 
     def __call__(self, agent: MaraAgent) -> Judgement:
         """An agent's answers, judged."""
+        return self.of(self.answers(agent))
+
+    def answers(self, agent: MaraAgent) -> list[Generation]:
+        """An agent's answers to :attr:`prompts`."""
         engine = Engine(
             self.base.lm.model, agent, self.base.tokenizer, max_batch_size=self.base.max_batch_size
         )
-        return self.of(self._answers(engine))
+        return self._answers(engine)
+
+    def rates(self, answers: Sequence[Generation]) -> dict[str, dict[str, float]]:
+        """The paper's three rates over the base model's greedy and its sampled answers.
+
+        helpful and harmless count the reward and the cost alone, preference both (Eq. 12).
+        """
+        table = self._table(answers)
+        weights = {"helpful": (1.0, 0.0), "harmless": (0.0, -1.0), "preference": _WEIGHTS}
+        return {
+            base: {name: preference_rate(table, theirs, each) for name, each in weights.items()}
+            for base, theirs in self._tables.items()
+        }
 
     def of(self, answers: Sequence[Generation]) -> Judgement:
         """Answers to :attr:`prompts`, judged."""
@@ -129,10 +149,10 @@ def _model(world: Path | None) -> str:
     return "tiny" if world is None else str(world / "lm")
 
 
-def train(config: MaraConfig, *, world: Path | None = None) -> MaraAgent:
-    """An agent for the tiny language model, trained against its reward and cost model."""
+def train(config: MaraConfig, *, world: Path | None = None, lm: Path | None = None) -> MaraAgent:
+    """An agent for the world's language model or another, trained against reward and cost model."""
     trainer = MaraTrainer(
-        _model(world),
+        _model(world) if lm is None else str(lm),
         reward_models(world),
         config,
         train_dataset=[instruction.text for instruction in instructions(split="train")],

@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import os
-import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,18 +27,18 @@ from tqdm.auto import tqdm
 
 from mara_fast.agent import MaraAgent, decoding_options
 from mara_fast.engine import Engine
-from mara_fast.outputs import DecodingStats, Generation
-from mara_fast.rewards import Rewards, RewardScores
+from mara_fast.rewards import Rewards
 from mara_train import checkpoint
 from mara_train.collector import Collector, LocalCollector
 from mara_train.config import MaraConfig
+from mara_train.evaluation import Evaluation, rollout_metrics
+from mara_train.objective import Objective
 from mara_train.plots import plot_run
-from mara_train.preference import preference_rate
 from mara_train.prompts import PromptSet, columns_of
 from mara_train.ray_collector import RayCollector
 from mara_train.replay import DTYPES, Replay
 from mara_train.report import Report
-from mara_train.rollout import Episode, Rollout
+from mara_train.rollout import Rollout
 from mara_train.sac import METRICS, Sac
 from mara_train.token_rewards import with_final_reward
 
@@ -136,6 +135,15 @@ class MaraTrainer:
         self.engine = Engine(
             self.base.lm.model, self.agent, self.base.tokenizer, max_batch_size=args.max_batch_size
         )
+        self.objective = Objective(self.rewards)
+        self._evaluation: Evaluation | None = None
+        if self.eval_prompts is not None:
+            self._evaluation = Evaluation(
+                self.eval_prompts.rows,
+                base=self.base,
+                objective=self.objective,
+                decoding=args.decoding,
+            )
         lm = self.base.lm
         self.replay = Replay(
             args.replay, lm.hidden_size, device=lm.device, folder=self.folder / "replay"
@@ -150,8 +158,7 @@ class MaraTrainer:
         dtype = DTYPES[args.replay.dtype]
         self.collector = collector or self._collector(model, processing_class, dtype)
         self.generator = torch.Generator().manual_seed(args.seed)
-        self.step, self.num_episodes, self.reward_scales = 0, 0, [1.0] * len(self.rewards.names)
-        self._base_scores: dict[str, Tensor] = {}
+        self.step, self.num_episodes = 0, 0
         self._saved_at: Path | None = None
         self.callbacks = tuple(callbacks)
         self.state, self.control = TrainerState(), TrainerControl()
@@ -210,8 +217,13 @@ class MaraTrainer:
 
         ``eval/preference_vs_greedy`` and ``eval/preference_vs_sampled`` compare with the base
         model's own answers, see :func:`preference_rate`.
+
+        Raises:
+            ValueError: the trainer was made without an ``eval_dataset``.
         """
-        return self._evaluate()[0]
+        if self._evaluation is None:
+            raise ValueError("there is no eval_dataset to evaluate on")
+        return self._evaluation(self.engine, num_samples=0)[0]
 
     def save_model(self, folder: str | os.PathLike) -> None:
         """Writes the agent as it is now."""
@@ -223,18 +235,20 @@ class MaraTrainer:
         started = time.perf_counter()
         args = self.args
         self._notify("on_step_begin")
-        episodes, rows, metrics = self._collect()
-        metrics |= self._learn(len(rows))
+        num_episodes, metrics = self._collect()
+        metrics |= self._learn(num_episodes)
         self.step += 1
-        bar.update(len(rows))
+        bar.update(num_episodes)
         seconds = time.perf_counter() - started
-        metrics |= {"step_time_s": seconds, "episodes_per_s": len(rows) / seconds}
+        metrics |= {"step_time_s": seconds, "episodes_per_s": num_episodes / seconds}
 
         self.state.global_step = self.step
         self._notify("on_step_end")
         is_last = self.step == args.num_steps
-        if self._is_due(args.eval_steps, is_last) and self.eval_prompts is not None:
-            evaluation, samples = self._evaluate()
+        if self._evaluation is not None and self._is_due(args.eval_steps, is_last):
+            evaluation, samples = self._evaluation(
+                self.engine, num_samples=args.completions_per_log
+            )
             metrics |= evaluation
             report.completions(self.step, samples, title="held-out prompts")
             self._notify("on_evaluate", metrics=evaluation)
@@ -263,8 +277,8 @@ class MaraTrainer:
     def _is_due(self, interval: int | None, is_last: bool) -> bool:
         return is_last or (interval is not None and self.step % interval == 0)
 
-    def _collect(self) -> tuple[list[Episode], list[Mapping[str, Any]], dict[str, float]]:
-        """The step's episodes, put into the replay."""
+    def _collect(self) -> tuple[int, dict[str, float]]:
+        """Puts the step's episodes into the replay; how many were asked for, and metrics."""
         args, first = self.args, self.num_episodes
         count = min(args.episodes_per_step, args.num_episodes - first)
         rows = self.train_prompts.take(first, count, seed=args.seed)
@@ -278,11 +292,11 @@ class MaraTrainer:
             )
         rows = [rows[i] for i in whole]
         episodes = [episodes[i] for i in whole]
-        scores = self._score(rows, [episode.generation for episode in episodes])
-        table = torch.stack(list(scores.by_name.values()))
+        by_name = self.objective.score(rows, [episode.generation for episode in episodes])
+        table = torch.stack(list(by_name.values()))
         if first == 0 and args.reward_scaling == "std":
-            self.reward_scales = _spreads(table)
-        total = self._total(table)
+            self.objective.fit_scales(table)
+        total = self.objective.total(table)
         final = args.reward_scale * (total - self._baseline(rows, total) - args.reward_offset)
         for episode, reward in zip(episodes, final.tolist(), strict=True):
             chain = episode.chain
@@ -291,7 +305,13 @@ class MaraTrainer:
             )
             self.replay.add(chain.states, chain.actions, rewards)
         self.num_episodes += count
-        return episodes, rows, self._rollout_metrics(episodes, scores, total, count)
+        metrics = rollout_metrics(episodes, by_name, total) | {
+            "num_episodes": self.num_episodes,
+            "replay_transitions": len(self.replay),
+        }
+        if len(episodes) < count:
+            metrics["failed_episodes"] = count - len(episodes)
+        return count, metrics
 
     def _learn(self, num_episodes: int) -> dict[str, float]:
         """The step's gradient steps."""
@@ -302,8 +322,12 @@ class MaraTrainer:
         num_updates = math.floor(self.num_episodes * args.updates_per_episode) - math.floor(
             before * args.updates_per_episode
         )
+        done = self.step / args.num_steps
         if args.learning_rate_schedule == "linear":
-            self.sac.scale_learning_rates(max(_LEAST_RATE, 1 - self.step / args.num_steps))
+            self.sac.scale_learning_rates(max(_LEAST_RATE, 1 - done))
+        if args.final_target_entropy is not None:
+            first, last = args.sac.target_entropy, args.final_target_entropy
+            self.sac.target_entropy.fill_(first + (last - first) * done)
         found = [
             self.sac.update(self.replay.sample(args.batch_size, self.generator))
             for _ in range(num_updates)
@@ -324,110 +348,14 @@ class MaraTrainer:
         metrics["entropy"] = metrics.pop("sac/entropy")
         return metrics
 
-    # --- rewards -------------------------------------------------------------------------------
-
-    def _score(
-        self, rows: Sequence[Mapping[str, Any]], generations: Sequence[Generation]
-    ) -> RewardScores:
-        columns: dict[str, Any] = columns_of(rows)
-        return self.rewards.score(
-            [row["prompt"] for row in rows],
-            [generation.text for generation in generations],
-            **columns,
-        )
-
-    def _total(self, table: Tensor) -> Tensor:
-        """Weighted sums of rewards [R, N] after scaling; float64 [N]."""
-        weights = torch.tensor(self.rewards.weights, dtype=torch.float64)
-        scales = torch.tensor(self.reward_scales, dtype=torch.float64)
-        return ((weights / scales)[:, None] * table).nansum(0)
-
     def _baseline(self, rows: Sequence[Mapping[str, Any]], total: Tensor) -> Tensor | float:
         if self.args.reward_baseline == "none":
             return 0.0
         if self.args.reward_baseline == "batch_mean":
             return total.mean()
-        scores = self._score(rows, self._base_answers(rows))
-        return self._total(torch.stack(list(scores.by_name.values())))
-
-    def _base_answers(self, rows: Sequence[Mapping[str, Any]], **options: Any) -> list[Generation]:
         prompts = [row["prompt"] for row in rows]
-        return self.base.generate(prompts, self.args.decoding, **options)
-
-    # --- metrics -------------------------------------------------------------------------------
-
-    def _rollout_metrics(
-        self, episodes: Sequence[Episode], scores: RewardScores, total: Tensor, count: int
-    ) -> dict[str, float]:
-        stats = sum((episode.generation.stats for episode in episodes), DecodingStats())
-        lengths = [episode.generation.stats.num_tokens for episode in episodes]
-        kl = torch.cat([episode.chain.kl[episode.chain.actions] for episode in episodes])
-        ended = [episode.generation.finish_reason != "length" for episode in episodes]
-        decided = max(1, stats.num_decided)
-        metrics = {
-            "reward": float(total.mean()),
-            "reward_std": float(total.std(correction=0)),
-            **{
-                f"rewards/{name}/mean": float(values.nanmean())
-                for name, values in scores.by_name.items()
-            },
-            "kl": float(kl.mean()) if len(kl) else 0.0,
-            "completions/mean_length": statistics.mean(lengths),
-            "completions/clipped_frac": 1 - statistics.mean(ended),
-            "accept/rank0_frac": stats.accepted_ranks.get(0, 0) / decided,
-            "accept/first_three_frac": sum(stats.accepted_ranks.get(r, 0) for r in range(3))
-            / decided,
-            "accept/all_rejected_frac": stats.num_all_rejected / decided,
-            "accept/examined_per_decision": stats.num_examined / decided,
-            "num_episodes": self.num_episodes,
-            "replay_transitions": len(self.replay),
-        }
-        if len(episodes) < count:
-            metrics["failed_episodes"] = count - len(episodes)
-        return metrics
-
-    def _evaluate(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        if self.eval_prompts is None:
-            raise ValueError("there is no eval_dataset to evaluate on")
-        rows = self.eval_prompts.rows
-        prompts = [row["prompt"] for row in rows]
-        ours = self.engine.generate(prompts, self.args.decoding)
-        scores = self._score(rows, ours)
-        table = torch.stack(list(scores.by_name.values()))
-        base = {
-            "greedy": self._base_table(rows, acceptance="greedy"),
-            "sampled": self._base_table(rows, acceptance="sample"),
-        }
-        stats = sum((generation.stats for generation in ours), DecodingStats())
-        metrics = {
-            "eval/reward": float(self._total(table).mean()),
-            **{
-                f"eval/rewards/{name}/mean": float(values.nanmean())
-                for name, values in scores.by_name.items()
-            },
-            **{
-                f"eval/preference_vs_{name}": preference_rate(table, theirs, self.rewards.weights)
-                for name, theirs in base.items()
-            },
-            "eval/mean_length": stats.num_tokens / len(ours),
-            "eval/rank0_frac": stats.accepted_ranks.get(0, 0) / max(1, stats.num_decided),
-            "eval/all_rejected_frac": stats.num_all_rejected / max(1, stats.num_decided),
-        }
-        shown = range(min(self.args.completions_per_log, len(rows)))
-        samples = [
-            {"prompt": str(prompts[i]), "completion": ours[i].text}
-            | {name: float(values[i]) for name, values in scores.by_name.items()}
-            for i in shown
-        ]
-        return metrics, samples
-
-    def _base_table(self, rows: Sequence[Mapping[str, Any]], *, acceptance: str) -> Tensor:
-        """Rewards [R, N] of the base model's answers; made once."""
-        if acceptance not in self._base_scores:
-            answers = self._base_answers(rows, acceptance=acceptance)
-            scores = self._score(rows, answers)
-            self._base_scores[acceptance] = torch.stack(list(scores.by_name.values()))
-        return self._base_scores[acceptance]
+        by_name = self.objective.score(rows, self.base.generate(prompts, self.args.decoding))
+        return self.objective.total(torch.stack(list(by_name.values())))
 
     # --- checkpoints ---------------------------------------------------------------------------
 
@@ -442,7 +370,7 @@ class MaraTrainer:
             state = {
                 "step": self.step,
                 "num_episodes": self.num_episodes,
-                "reward_scales": self.reward_scales,
+                "reward_scales": self.objective.scales,
                 "rewards": self.rewards.names,
                 "num_prompts": len(self.train_prompts),
                 "log_history": self.state.log_history,
@@ -464,9 +392,12 @@ class MaraTrainer:
         """
         state = checkpoint.read_state(path)
         mine, theirs = self.args.to_dict(), state["config"]
-        # The end of a linear schedule is a matter of the whole run.
-        is_linear = self.args.learning_rate_schedule == "linear"
-        free = _FREE_OPTIONS - ({"num_episodes"} if is_linear else set())
+        # Schedules are a matter of the whole run.
+        is_scheduled = (
+            self.args.learning_rate_schedule != "constant"
+            or self.args.final_target_entropy is not None
+        )
+        free = _FREE_OPTIONS - ({"num_episodes"} if is_scheduled else set())
         differing = sorted(
             name
             for name in mine.keys() | theirs.keys()
@@ -489,7 +420,7 @@ class MaraTrainer:
         self.agent.refresh_scoring()
         self.replay.load_state_dict(checkpoint.load(path / "replay.pt"))
         self.step, self.num_episodes = state["step"], state["num_episodes"]
-        self.reward_scales = state["reward_scales"]
+        self.objective.scales = state["reward_scales"]
         self.state.log_history = state["log_history"]
         self._saved_at = path
 
@@ -533,13 +464,3 @@ class MaraTrainer:
         }
         agent.config = dataclasses.replace(agent.config, **described)
         return agent
-
-
-def _spreads(table: Tensor) -> list[float]:
-    """Standard deviation of each reward [R, N]; 1 where it has none."""
-    spreads = []
-    for values in table:
-        known = values[~values.isnan()]
-        spread = float(known.std(correction=0)) if len(known) else 0.0
-        spreads.append(spread if spread > 0 else 1.0)
-    return spreads

@@ -1,12 +1,12 @@
-"""What the reward models learn from: answers of many sources, and pairs of them.
+"""What the reward models learn from: answers of many sources, and groups of them to compare.
 
     pool  = per instruction: answers drawn from the LM, written by the grammar, corrupted
-    value = rule(instruction, answer)
-    pair  = (answer of higher value, answer of lower value) if they are far enough apart
+    group = a few answers of a pool, all of which are compared with each other
 
 A policy that is trained against a reward model goes where the model errs. So a pool holds more
 than what the LM is likely to say: hot samples, what cascades say whose agents toss a coin, and
-answers repeated, cut off, shuffled, mixed, joined, garbled or meant for another topic.
+answers repeated (in other words, too), cut off, shuffled, mixed, joined, garbled or meant for
+another topic.
 """
 
 import math
@@ -17,19 +17,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mara_fast.tiny.grammar import Instruction, sample_answer
-from mara_fast.tiny.sentences import split
+from mara_fast.tiny.sentences import Kind, parse, split, write
 from mara_fast.tiny.topics import topics
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-Rule = Callable[[str, str], float]
 Text = list[str]
 Edit = Callable[[Text, Text, Text, random.Random], Text]
 
 _MAX_NEW_TOKENS = 96
 _BATCH_SIZE = 256
 _SECOND_EDIT_PROB = 0.2
+_WORDED = (Kind.STEP, Kind.ALTERNATIVE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +50,8 @@ class Draw:
 DRAWS = {
     "sampled": Draw(share=0.5),
     "hot": Draw(share=0.25, temperature=1.5),
-    "coin": Draw(share=0.25, accept_prob=0.5),
-    "picky": Draw(share=0.25, accept_prob=0.2),
+    "coin": Draw(share=0.5, accept_prob=0.5),
+    "picky": Draw(share=0.5, accept_prob=0.2),
 }
 """The sources that decode. An untrained agent is like a coin; a picky one goes down to the last
 candidates, as far from the LM as a cascade gets."""
@@ -73,16 +73,6 @@ class Pool:
     answers: tuple[Answer, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two answers to one instruction; `gap` is the difference of their values, above 0."""
-
-    instruction: str
-    chosen: Answer
-    rejected: Answer
-    gap: float
-
-
 def make_pools(
     instructions: Sequence[Instruction],
     *,
@@ -90,7 +80,7 @@ def make_pools(
     tokenizer: "PreTrainedTokenizerFast",
     seed: int,
     num_written: int = 2,
-    num_edited: int = 4,
+    num_edited: int = 3,
 ) -> list[Pool]:
     """A pool for each instruction; a pure function of the arguments.
 
@@ -139,31 +129,28 @@ def make_pools(
     ]
 
 
-def make_pairs(
-    pools: Sequence[Pool], *, rule: Rule, min_gap: float, num: int, seed: int
-) -> list[Pair]:
-    """`num` different pairs, spread evenly over the pools; fewer if these hold no more.
+def make_groups(pools: Sequence[Pool], *, num: int, size: int, seed: int) -> list[Pool]:
+    """`num` pools of `size` answers each, drawn from the given ones; all have their turn.
 
     Args:
-        pools: answers by instruction.
-        rule: the value of an answer; of two, the higher one is chosen.
-        min_gap: answers whose values are closer than this make no pair; above 0.
-        num: of the pairs.
+        pools: answers by instruction, `size` of them at least.
+        num: of the groups.
+        size: answers of a group, 2 or more.
         seed: of their choice and order.
     """
-    if not min_gap > 0:
-        raise ValueError(f"min_gap must be above 0, got {min_gap}: equal answers make no pair")
+    fewest = min((len(pool.answers) for pool in pools), default=0)
+    if not 2 <= size <= fewest:
+        raise ValueError(
+            f"size={size} is not allowed; allowed: from 2 to {fewest}, the answers of the "
+            "smallest pool"
+        )
     rng = random.Random(seed)
-    rounds: list[list[Pair]] = []
-    for pool in pools:
-        pairs = _all_pairs(pool, rule=rule, min_gap=min_gap)
-        rng.shuffle(pairs)
-        rounds.extend([] for _ in range(len(pairs) - len(rounds)))
-        for number, pair in enumerate(pairs):
-            rounds[number].append(pair)
-    for pairs in rounds:
-        rng.shuffle(pairs)
-    return [pair for pairs in rounds for pair in pairs][:num]
+    groups: list[Pool] = []
+    while len(groups) < num:
+        for pool in rng.sample(list(pools), min(len(pools), num - len(groups))):
+            chosen = tuple(rng.sample(pool.answers, size))
+            groups.append(Pool(instruction=pool.instruction, answers=chosen))
+    return groups
 
 
 def edit_answer(text: str, *, other: str, stranger: str, rng: random.Random) -> Answer:
@@ -186,7 +173,18 @@ def edit_answer(text: str, *, other: str, stranger: str, rng: random.Random) -> 
 def _repeat(own: Text, other: Text, stranger: Text, rng: random.Random) -> Text:
     place = rng.randrange(len(own)) if own else 0
     later = rng.randint(place, len(own))
-    return own[:later] + own[place : place + rng.choice((1, 1, 2))] + own[later:]
+    copies = own[place : place + rng.choice((1, 1, 2))]
+    if rng.random() < 0.5:
+        copies = [_reworded(text, rng) for text in copies]
+    return own[:later] + copies + own[later:]
+
+
+def _reworded(text: str, rng: random.Random) -> str:
+    """The same step or alternative in words drawn anew; any other text as it is."""
+    (sentence,) = parse(text) or [None]
+    if sentence is None or sentence.topic is None or sentence.kind not in _WORDED:
+        return text
+    return write(sentence.kind, topic=sentence.topic, rng=rng, index=sentence.index)
 
 
 def _cut(own: Text, other: Text, stranger: Text, rng: random.Random) -> Text:
@@ -243,16 +241,19 @@ def _join(own: Text, other: Text, stranger: Text, rng: random.Random) -> Text:
 
 
 def _garble(own: Text, other: Text, stranger: Text, rng: random.Random) -> Text:
+    """Words lost, replaced or broken off, and what follows them lost at times."""
     words = " ".join(own).split()
     foreign = " ".join(stranger).split() or ["and"]
-    for _ in range(min(len(words), rng.randint(1, 3))):
+    for _ in range(min(len(words), rng.randint(1, 2))):
         place = rng.randrange(len(words))
-        words[place : place + 1] = [] if rng.random() < 0.5 else [rng.choice(foreign)]
+        kept = words[place][: rng.randint(1, 4)]
+        end = place + rng.choice((1, 1, 2, 3))
+        words[place:end] = rng.choice(([], [rng.choice(foreign)], [kept], [kept]))
     return split(" ".join(words))
 
 
 EDITS: dict[str, tuple[float, Edit]] = {
-    "repeat": (1.0, _repeat),
+    "repeat": (1.5, _repeat),
     "cut": (1.0, _cut),
     "drop": (1.0, _drop),
     "shuffle": (1.0, _shuffle),
@@ -261,20 +262,9 @@ EDITS: dict[str, tuple[float, Edit]] = {
     "retopic": (1.0, _retopic),
     "mix": (1.0, _mix),
     "join": (0.5, _join),
-    "garble": (1.0, _garble),
+    "garble": (1.5, _garble),
 }
 """The corruptions and how often each is chosen."""
-
-
-def _all_pairs(pool: Pool, *, rule: Rule, min_gap: float) -> list[Pair]:
-    text = pool.instruction.text
-    valued = [(rule(text, answer.text), answer) for answer in pool.answers]
-    return [
-        Pair(instruction=text, chosen=chosen, rejected=rejected, gap=high - low)
-        for high, chosen in valued
-        for low, rejected in valued
-        if high - low >= min_gap
-    ]
 
 
 def _decode(

@@ -1,0 +1,45 @@
+"""Where, when, with what and by which command figures were made."""
+
+import platform
+import subprocess
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+
+def cpu_facts(threads: int, *packages: str) -> dict[str, Any]:
+    """The head of a report of figures of this machine's CPU, in float32."""
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "date": date.today().isoformat(),
+        "hardware": f"{_cpu_name()}, {threads} threads, float32",
+        "versions": {name: version(name) for name in ("mara-fast", "torch", *packages)},
+        "commit": commit(),
+    }
+
+
+def commit() -> str:
+    """What git calls the state of this code."""
+    return output_of("git", "describe", "--always", "--dirty", "--exclude=*")
+
+
+def output_of(*command: str) -> str:
+    """First line that a command prints, run beside this file; ``unknown`` if it cannot."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip().partition("\n")[0] or "unknown"
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,289 @@
+"""Training speed on this machine: episodes and gradient steps, against the authors' scheme.
+
+    python benchmarks/training_speed.py --output benchmarks/results/training_speed_cpu.json
+
+Fairness: one random language model, one agent, the same prompts of one length, the same number of
+tokens, EOS ignored, the same threads. The authors' recipe on both sides (their rewards of
+transitions, batches of 1024, ten gradient steps per episode), and beside it our defaults. Reward
+models are left out everywhere: an episode's final reward is a constant. All systems are warmed up,
+then measured in turn, several rounds; figures are medians with the range of the rounds. Loading
+and filling the buffers are outside the clock.
+
+    collect     episodes/h without learning
+    draw        ms to draw a batch from a filled buffer
+    update      ms of a gradient step, its draw included
+    training    episodes/h that follow from the medians of both: they take turns, in one process
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from authors_training import Critic, Learner, Transition, explore
+from decode_speed import VOCAB_SIZE, calibrate, make_model
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from run_facts import cpu_facts
+from transformers import LlamaForCausalLM
+from transformers.utils import logging
+
+from mara_fast import Engine, MaraAgent
+from mara_train.config import MaraConfig
+from mara_train.replay import Replay
+from mara_train.rollout import Rollout
+from mara_train.sac import Sac, SacConfig
+from mara_train.token_rewards import with_final_reward
+
+AUTHORS, OURS_OFFICIAL, OURS = "authors' scheme", "ours, their recipe", "ours, our recipe"
+_EPISODE_LENGTH = 100
+"""Transitions of the episodes that the buffers are filled with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """What is measured: functions without arguments, and what they count for."""
+
+    collect: Callable[[], Any]
+    num_episodes: int
+    """Of one call of ``collect``."""
+    draw: Callable[[], Any]
+    update: Callable[[], Any]
+    batch_size: int
+    updates_per_episode: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all systems share."""
+
+    model: LlamaForCausalLM
+    agent: MaraAgent
+    prompts: list[list[int]]
+    num_tokens: int
+    states: torch.Tensor
+    """[transitions, H] of the buffers."""
+
+
+def our_system(setting: Setting, config: MaraConfig) -> System:
+    """The engine with all prompts in flight, the replay and the learner of the trainer."""
+    decoding = config.decoding.replace(
+        max_new_tokens=setting.num_tokens, ignore_eos=True, prompt_format="auto"
+    )
+    engine = Engine(setting.model, setting.agent, max_batch_size=len(setting.prompts))
+    rollout = Rollout(engine, decoding, config.token_rewards, dtype=torch.float32)
+    num, hidden_size = setting.states.shape
+
+    def replay_of(capacity: int) -> Replay:
+        options = {"dtype": "fp32", "capacity": capacity}
+        return Replay(config.replace(replay=options).replay, hidden_size)
+
+    def collect() -> None:
+        kept = replay_of(num)
+        for episode in rollout.episodes(setting.prompts, range(len(setting.prompts))):
+            chain = episode.chain
+            rewards = with_final_reward(
+                chain.token_rewards, chain.positions, 1.0, config.token_rewards
+            )
+            kept.add(chain.states, chain.actions, rewards)
+
+    filled = replay_of(num)
+    for part in setting.states.split(_EPISODE_LENGTH):
+        filled.add(part, torch.rand(len(part)) < 0.5, torch.randn(len(part)))
+    sac = Sac(MaraAgent(hidden_size, config.inner_size), config.sac)
+    generator = torch.Generator().manual_seed(0)
+    return System(
+        collect=collect,
+        num_episodes=len(setting.prompts),
+        draw=lambda: filled.sample(config.batch_size, generator),
+        update=lambda: sac.update(filled.sample(config.batch_size, generator)),
+        batch_size=config.batch_size,
+        updates_per_episode=config.updates_per_episode,
+    )
+
+
+def authors_system(setting: Setting, *, num_episodes: int) -> System:
+    """Episodes one by one, a buffer of Python lists, and a learner on batches of it."""
+    recipe = MaraConfig.official()
+    hidden_size = setting.states.shape[1]
+    critic, target = (Critic(hidden_size, recipe.inner_size) for _ in range(2))
+    target.load_state_dict(critic.state_dict())
+    learner = Learner(MaraAgent(hidden_size, recipe.inner_size), critic, target, SacConfig())
+    rows = setting.states.tolist()
+    learner.buffer = [
+        Transition(
+            state,
+            place % 2,
+            float(place % 7),
+            rows[(place + 1) % len(rows)],
+            place % _EPISODE_LENGTH == _EPISODE_LENGTH - 1,
+        )
+        for place, state in enumerate(rows)
+    ]
+
+    def collect() -> None:
+        kept: list[Transition] = []
+        for prompt in setting.prompts[:num_episodes]:
+            kept += explore(
+                setting.model,
+                setting.agent,
+                prompt,
+                max_new_tokens=setting.num_tokens,
+                final_reward=1.0,
+            )[0]
+
+    return System(
+        collect=collect,
+        num_episodes=num_episodes,
+        draw=lambda: learner.draw(recipe.batch_size),
+        update=lambda: learner.update(recipe.batch_size, times=1),
+        batch_size=recipe.batch_size,
+        updates_per_episode=recipe.updates_per_episode,
+    )
+
+
+def measure(
+    systems: dict[str, System], *, rounds: int, num_updates: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds by system and part, one figure for each round."""
+    seconds = {
+        name: {part: list[float]() for part in ("collect", "draw", "update")} for name in systems
+    }
+    for system in systems.values():
+        system.update()
+    work = range(rounds * len(systems))
+    for number in track(work, description="rounds", console=Console(stderr=True)):
+        name = list(systems)[number % len(systems)]
+        system = systems[name]
+        for part, function, count, times in (
+            ("collect", system.collect, system.num_episodes, 1),
+            ("draw", system.draw, num_updates, num_updates),
+            ("update", system.update, num_updates, num_updates),
+        ):
+            started = time.perf_counter()
+            for _ in range(times):
+                function()
+            seconds[name][part].append((time.perf_counter() - started) / count)
+    return seconds
+
+
+def report_of(
+    systems: dict[str, System], seconds: dict[str, dict[str, list[float]]]
+) -> dict[str, Any]:
+    """Medians, ranges and ratios to the authors' scheme."""
+    found: dict[str, Any] = {"systems": {}, "ratios": {}}
+    for name, system in systems.items():
+        median = {part: statistics.median(values) for part, values in seconds[name].items()}
+        episode = median["collect"] + system.updates_per_episode * median["update"]
+        found["systems"][name] = {
+            "batch_size": system.batch_size,
+            "updates_per_episode": system.updates_per_episode,
+            "collected_episodes_per_h": 3600 / median["collect"],
+            "collected_episodes_per_h_range": [
+                3600 / pick(seconds[name]["collect"]) for pick in (max, min)
+            ],
+            "draw_ms": 1e3 * median["draw"],
+            "update_ms": 1e3 * median["update"],
+            "update_ms_range": [1e3 * pick(seconds[name]["update"]) for pick in (min, max)],
+            "trained_episodes_per_h": 3600 / episode,
+        }
+    base = found["systems"][AUTHORS]
+    for name in systems:
+        if name != AUTHORS:
+            one = found["systems"][name]
+            found["ratios"][name] = {
+                "collected episodes/h": one["collected_episodes_per_h"]
+                / base["collected_episodes_per_h"],
+                "draws/s": base["draw_ms"] / one["draw_ms"],
+                "updates/s": base["update_ms"] / one["update_ms"],
+                "trained episodes/h": one["trained_episodes_per_h"]
+                / base["trained_episodes_per_h"],
+            }
+    return found
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    hidden_size: Annotated[int, typer.Option(help="H, a multiple of 64.")] = 512,
+    num_layers: Annotated[int, typer.Option()] = 4,
+    num_prompts: Annotated[int, typer.Option(help="Our episodes of a round, in flight.")] = 64,
+    authors_episodes: Annotated[int, typer.Option(help="Theirs of a round.")] = 2,
+    prompt_length: Annotated[int, typer.Option()] = 32,
+    new_tokens: Annotated[int, typer.Option(help="Per episode.")] = 32,
+    transitions: Annotated[int, typer.Option(help="In the buffers.")] = 10_000,
+    updates: Annotated[int, typer.Option(help="Per round.")] = 5,
+    rounds: Annotated[int, typer.Option()] = 3,
+    threads: Annotated[int, typer.Option()] = os.cpu_count() or 1,
+) -> None:
+    """Measure and print; ratios are of one run."""
+    logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    console = Console()
+    model = make_model(hidden_size=hidden_size, num_layers=num_layers)
+    generator = torch.Generator().manual_seed(1)
+    size = (num_prompts, prompt_length)
+    prompts = torch.randint(VOCAB_SIZE, size, generator=generator).tolist()
+    setting = Setting(
+        model=model,
+        agent=calibrate(model, prompts[:8], forced=0.33),
+        prompts=prompts,
+        num_tokens=new_tokens,
+        states=torch.randn(transitions, hidden_size, generator=generator),
+    )
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    report: dict[str, Any] = {
+        **cpu_facts(threads, "transformers"),
+        "model": f"random Llama, {num_parameters / 1e6:.1f}M parameters, {num_layers} layers, "
+        f"hidden {hidden_size}, vocabulary {VOCAB_SIZE}",
+        "prompt_length": prompt_length,
+        "new_tokens": new_tokens,
+        "in_flight": num_prompts,
+    }
+    console.print(f"{report['model']}\n{report['hardware']}, {report['date']}")
+    systems = {
+        AUTHORS: authors_system(setting, num_episodes=authors_episodes),
+        OURS_OFFICIAL: our_system(setting, MaraConfig.official()),
+        OURS: our_system(setting, MaraConfig()),
+    }
+    report |= report_of(systems, measure(systems, rounds=rounds, num_updates=updates))
+    _print(console, report)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(report))
+
+
+def _print(console: Console, report: dict[str, Any]) -> None:
+    table = Table()
+    for title in (
+        "system",
+        "collect, episodes/h",
+        "draw, ms",
+        "update, ms",
+        "training, episodes/h",
+    ):
+        table.add_column(title, justify="left" if title == "system" else "right")
+    for name, one in report["systems"].items():
+        table.add_row(
+            f"{name} ({one['updates_per_episode']:g} x {one['batch_size']})",
+            f"{one['collected_episodes_per_h']:,.0f}",
+            f"{one['draw_ms']:.2f}",
+            f"{one['update_ms']:.1f}",
+            f"{one['trained_episodes_per_h']:,.0f}",
+        )
+    console.print(table)
+    for name, ratios in report["ratios"].items():
+        console.print(
+            f"{name} / {AUTHORS}: " + ", ".join(f"{k} {v:.1f}" for k, v in ratios.items())
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)
