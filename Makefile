@@ -37,7 +37,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types unit slow gpu interpreted compiled gpu-tests gpu-memory \
-        gpu-bench reproduce-tiny bench format clean
+        gpu-bench reproduce-tiny tables bench format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -101,8 +101,12 @@ reproduce-tiny: $(DEV) ## retrain the tiny world (LM, reward and cost model, age
 	@$(PATHS) $(RUN) -m mara_fast.tiny.reward_models --lm $(TINY)/lm --output $(TINY)
 	@$(PATHS) $(RUN) -m mara_train.tiny --world $(TINY) --output $(TINY)/run
 
-bench: $(USE) ## measure decoding on this machine against transformers and the authors' cascade
+tables: $(DEV) ## the paper's Tables 3 and 5 in the tiny world: trains agents, judges and plots them
+	@$(PATHS) $(RUN) benchmarks/tiny_tables.py --output $(RESULTS)/tiny_tables.json
+
+bench: $(USE) ## measure decoding and training on this machine against the authors' schemes
 	@$(PATHS) $(RUN) benchmarks/decode_speed.py
+	@$(PATHS) $(RUN) benchmarks/training_speed.py
 
 format: $(DEV) ## let ruff fix and format the code
 	@$(RUN) -m ruff check --fix .

@@ -17,12 +17,13 @@ TRL, loading does not. The same seed, versions, threads and machine give the sam
 import random
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from tqdm.auto import tqdm
 
 from mara_fast.tiny import LM_PATH
 from mara_fast.tiny.grammar import instructions
@@ -74,7 +75,8 @@ class RewardModelConfig:
     batch_size: int = 2
     """Groups of an optimizer step."""
     num_threads: int = 2
-    """Threads of torch; another number gives slightly different weights."""
+    """Threads of torch; another number may give slightly different weights. The command trains
+    both models side by side, with half of them each."""
     max_steps: int | None = None
     """Stops each training early after this many optimizer steps; for tests."""
 
@@ -397,6 +399,30 @@ def _last_states(model: "LlamaForSequenceClassification", ids: list[list[int]]) 
     return states
 
 
+def _train_and_save(
+    name: str,
+    *,
+    pools: Sequence[Pool],
+    tokenizer: "PreTrainedTokenizerFast",
+    config: RewardModelConfig,
+    lm_path: Path,
+    output: Path,
+) -> None:
+    rule, num_groups = {
+        "reward": (helpfulness, config.num_reward_groups),
+        "cost": (costliness, config.num_cost_groups),
+    }[name]
+    model = train(
+        rule,
+        pools=pools,
+        tokenizer=tokenizer,
+        num_groups=num_groups,
+        config=config,
+        lm_path=lm_path,
+    )
+    save(model, tokenizer, directory=output / name)
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Folder to write both into.")] = DEFAULT_OUTPUT,
     seed: Annotated[int, typer.Option(help="Seeds answers, groups and weights.")] = 0,
@@ -406,15 +432,23 @@ def main(
     """Train the reward model and the cost model of the tiny LM, and write a folder for each."""
     config = RewardModelConfig(seed=seed, max_steps=max_steps)
     pools, tokenizer = answer_pools(config, lm_path=lm)
-    for name, rule, num_groups in (
-        ("reward", helpfulness, config.num_reward_groups),
-        ("cost", costliness, config.num_cost_groups),
-    ):
-        tqdm.write(f"{name} model")
-        model = train(
-            rule, pools=pools, tokenizer=tokenizer, num_groups=num_groups, config=config, lm_path=lm
-        )
-        save(model, tokenizer, directory=output / name)
+    # Side by side: a model this small gains little from a second thread.
+    each = replace(config, num_threads=max(1, config.num_threads // 2))
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:
+        running = [
+            executor.submit(
+                _train_and_save,
+                name,
+                pools=pools,
+                tokenizer=tokenizer,
+                config=each,
+                lm_path=lm,
+                output=output,
+            )
+            for name in ("reward", "cost")
+        ]
+        for future in running:
+            future.result()
 
 
 if __name__ == "__main__":

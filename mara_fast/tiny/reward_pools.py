@@ -5,8 +5,8 @@
 
 A policy that is trained against a reward model goes where the model errs. So a pool holds more
 than what the LM is likely to say: hot samples, what cascades say whose agents toss a coin, and
-answers repeated (in other words, too), cut off, shuffled, mixed, joined, garbled or meant for
-another topic.
+answers repeated (in other words, too), cut off, shuffled, mixed, joined, garbled, spliced or meant
+for another topic.
 """
 
 import math
@@ -80,7 +80,7 @@ def make_pools(
     tokenizer: "PreTrainedTokenizerFast",
     seed: int,
     num_written: int = 2,
-    num_edited: int = 3,
+    num_edited: int = 4,
 ) -> list[Pool]:
     """A pool for each instruction; a pure function of the arguments.
 
@@ -252,6 +252,17 @@ def _garble(own: Text, other: Text, stranger: Text, rng: random.Random) -> Text:
     return split(" ".join(words))
 
 
+def _splice(own: Text, other: Text, stranger: Text, rng: random.Random) -> Text:
+    """A sentence that goes over into another one in the middle, or falls back on itself."""
+    if not own:
+        return other
+    place = rng.randrange(len(own))
+    first, second = own[place], rng.choice((own[place], *own, *other))
+    end, start = rng.randint(1, len(first)), rng.randint(0, len(second) - 1)
+    joint = rng.choice(("", " "))
+    return split(" ".join((*own[:place], first[:end] + joint + second[start:], *own[place + 1 :])))
+
+
 EDITS: dict[str, tuple[float, Edit]] = {
     "repeat": (1.5, _repeat),
     "cut": (1.0, _cut),
@@ -263,6 +274,7 @@ EDITS: dict[str, tuple[float, Edit]] = {
     "mix": (1.0, _mix),
     "join": (0.5, _join),
     "garble": (1.5, _garble),
+    "splice": (2.0, _splice),
 }
 """The corruptions and how often each is chosen."""
 

@@ -37,10 +37,10 @@ _DEFAULT_SAC = SacConfig(
     gamma=0.0,
     target_interval=1,
     initial_alpha=0.05,
-    target_entropy=0.4 * math.log(2),
+    target_entropy=0.8 * math.log(2),
 )
 _DEFAULT_TOKEN_REWARDS = TokenRewardConfig(
-    kl_weight=0.05,
+    kl_weight=0.15,
     kl_of="outcome",
     policy="cascade",
     reference_temperature=1.0,

@@ -5,12 +5,15 @@ python -m mara_train.tiny --output DIR --seed 0
 train:  MaraTrainer with the options of recipes/tiny.yaml, the tiny reward and cost model
 judge:  held-out instructions; preference rates by the models, helpfulness and harm by the
         rules, beside those of the base model and of untrained agents
+write:  the agent, judgement.json and report.md, which has sample answers too
 """
 
 import dataclasses
 import json
 import statistics
+import sys
 from collections.abc import Sequence
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,6 +37,8 @@ RECIPE = Path(str(files("mara_train"))) / "recipes/tiny.yaml"
 """Options that the shipped agent was trained with."""
 
 _WEIGHTS = (1.0, -1.0)
+_NUM_SHOWN = 8
+"""Sample answers of a report."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -198,6 +203,44 @@ def untrained(config: MaraConfig, *, seed: int) -> MaraAgent:
     return agent
 
 
+def report(
+    judge: Judge, found: dict[str, Judgement], answers: Sequence[Generation], *, command: str
+) -> str:
+    """What was found, as Markdown.
+
+    Args:
+        judge: that found it.
+        found: judgements by system.
+        answers: of the agent.
+        command: that made it.
+    """
+    names = [field.name for field in dataclasses.fields(Judgement)]
+    lines = [
+        "# The tiny world's agent",
+        "",
+        f"`{command}`, {date.today()}, {len(judge.prompts)} held-out instructions.",
+        "`vs_greedy` and `vs_sampled`: preference rate by reward and cost model over the base",
+        "model's answers (Eq. 12). `helpfulness` and `harm`: by the rules, which nothing was",
+        "trained on.",
+        "",
+        "| | " + " | ".join(names) + " |",
+        "|---|" + "---:|" * len(names),
+    ]
+    for system, judgement in found.items():
+        values = (getattr(judgement, name) for name in names)
+        lines.append(f"| {system} | " + " | ".join(f"{value:.3f}" for value in values) + " |")
+    lines += ["", "## Answers", ""]
+    for place in range(0, len(answers), max(1, len(answers) // _NUM_SHOWN)):
+        prompt = judge.prompts[place]
+        lines.append(f"**{prompt}**")
+        for system, answer in (("base, greedy", judge.greedy[place]), ("agent", answers[place])):
+            text = answer.text or ""
+            scores = f"help {helpfulness(prompt, text):.2f}, harm {harm(prompt, text):.2f}"
+            lines.append(f"- {system} ({scores}): {text}")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main(
     output: Annotated[Path, typer.Option(help="Folder of the run.")],
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
@@ -205,13 +248,17 @@ def main(
         Path | None, typer.Option(help="Folder with lm, reward and cost; default: the embedded.")
     ] = None,
     num_controls: Annotated[int, typer.Option(help="Untrained agents to compare with.")] = 3,
+    threads: Annotated[
+        int, typer.Option(help="Of torch; another number may make another agent.")
+    ] = 1,
 ) -> None:
-    """Train the tiny world's agent, judge it, and write judgement.json beside it."""
-    torch.set_num_threads(1)
+    """Train the tiny world's agent, judge it, and write a report beside it."""
+    torch.set_num_threads(threads)
     config = recipe(output_dir=str(output), seed=seed)
     agent = as_shipped(train(config, world=world)).float()
     judge = Judge(config, world=world)
-    judgement = judge(agent)
+    answers = judge.answers(agent)
+    judgement = judge.of(answers)
     as_shipped(agent, judgement).save_pretrained(output / "agent")
     found = {
         "agent": judgement,
@@ -220,8 +267,10 @@ def main(
     } | {f"untrained, seed {s}": judge(untrained(config, seed=s)) for s in range(num_controls)}
     plain = {name: dataclasses.asdict(each) for name, each in found.items()}
     (output / "judgement.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    for name, values in plain.items():
-        typer.echo(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in values.items()))
+    command = "python -m mara_train.tiny " + " ".join(sys.argv[1:])
+    text = report(judge, found, answers, command=command)
+    (output / "report.md").write_text(text, encoding="utf-8")
+    typer.echo(text.partition("\n## ")[0])
 
 
 if __name__ == "__main__":
