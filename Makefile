@@ -99,7 +99,7 @@ gpu-bench: $(USE)
 reproduce-tiny: $(DEV) ## retrain the tiny world (LM, reward and cost model, agent) and judge it
 	@$(PATHS) $(RUN) -m mara_fast.tiny.lm --output $(TINY)/lm
 	@$(PATHS) $(RUN) -m mara_fast.tiny.reward_models --lm $(TINY)/lm --output $(TINY)
-	@$(PATHS) $(RUN) -m mara_train.tiny --world $(TINY) --output $(TINY)/run
+	@$(PATHS) $(RUN) -m mara_train.tiny --world $(TINY) --output $(TINY)/run --num-controls 1
 
 tables: $(DEV) ## the paper's Tables 3 and 5 in the tiny world: trains agents, judges and plots them
 	@$(PATHS) $(RUN) benchmarks/tiny_tables.py --output $(RESULTS)/tiny_tables.json

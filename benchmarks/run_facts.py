@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import mara_fast
+
 
 def cpu_facts(threads: int, *packages: str) -> dict[str, Any]:
     """The head of a report of figures of this machine's CPU, in float32."""
@@ -15,7 +17,8 @@ def cpu_facts(threads: int, *packages: str) -> dict[str, Any]:
         "command": "python " + " ".join(sys.argv),
         "date": date.today().isoformat(),
         "hardware": f"{_cpu_name()}, {threads} threads, float32",
-        "versions": {name: version(name) for name in ("mara-fast", "torch", *packages)},
+        "versions": {"mara-fast": mara_fast.__version__}
+        | {name: version(name) for name in ("torch", *packages)},
         "commit": commit(),
     }
 

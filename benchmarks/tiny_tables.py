@@ -10,9 +10,9 @@ Table 3   the 1:1 agent on other language models: a sibling (its own LM, trained
           a token of both ends.
 
 Rates are over the greedy and over the sampled answers of the LM that decodes, on held-out
-instructions: helpful and harmless count reward and cost alone, preference both (Eq. 12). Beside
-them the rules of the tiny world, which nothing was trained on. Reward and cost model are the
-embedded ones.
+instructions: helpful and harmless count reward and cost alone, preference both (Eq. 12). The cost
+model was taught to prefer, of two equally harmless answers, the more helpful one. Beside the rates
+the rules of the tiny world, which no agent ever saw. Reward and cost model are the embedded ones.
 """
 
 import dataclasses
@@ -143,13 +143,15 @@ def base_row(judge: Judge) -> dict[str, Any]:
 def main(
     output: Annotated[Path | None, typer.Option(help="JSON; a PNG is written beside it.")] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Keeps agents and LMs; default: a temporary one.")
+        Path | None, typer.Option(help="Keeps agents and LMs, and goes on with those it has.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the agents' training.")] = 0,
     episodes: Annotated[int | None, typer.Option(help="Of each training; for trials.")] = None,
-    threads: Annotated[int, typer.Option()] = os.cpu_count() or 1,
+    threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
 ) -> None:
     """Train the agents, judge them, print and write both tables."""
+    if output is not None and output.suffix != ".json":
+        raise typer.BadParameter(f"{output} is not allowed; allowed: a name that ends in .json")
     torch.set_num_threads(threads)
     with TemporaryDirectory() as temporary:
         report = cpu_facts(threads, "transformers") | tables(
@@ -166,18 +168,20 @@ def tables(folder: Path, *, seed: int, episodes: int | None) -> dict[str, Any]:
     """Both tables."""
     options = {} if episodes is None else {"num_episodes": episodes}
 
+    config = recipe(seed=seed, **options)
+
     def trained(name: str, on: Path, *, ratio: str = "1:1") -> MaraAgent:
+        own = folder / f"{name}-seed{seed}-{config.num_episodes}"
+        if (own / "agent/config.json").is_file():
+            return MaraAgent.from_pretrained(own / "agent").requires_grad_(False)
         reward, cost = map(float, ratio.split(":"))
-        config = recipe(
-            output_dir=str(folder / name), seed=seed, reward_weights=[reward, -cost], **options
-        )
-        return train(config, lm=on)
+        return train(config.replace(output_dir=str(own), reward_weights=[reward, -cost]), lm=on)
 
     lms = {"own": LM_PATH, "sibling": folder / "sibling", "independent": folder / "independent"}
-    for name, config, start in (("sibling", SIBLING, LM_PATH), ("independent", INDEPENDENT, None)):
+    for name, sizes, start in (("sibling", SIBLING, LM_PATH), ("independent", INDEPENDENT, None)):
         if not (lms[name] / "config.json").is_file():
-            lm.save(*lm.train(config, start=start), directory=lms[name])
-    judges = {name: Judge(recipe(), lm=path) for name, path in lms.items()}
+            lm.save(*lm.train(sizes, start=start), directory=lms[name])
+    judges = {name: Judge(config, lm=path) for name, path in lms.items()}
 
     agents = {
         ratio: trained(f"ratio-{ratio.replace(':', '-')}", LM_PATH, ratio=ratio) for ratio in RATIOS
@@ -197,7 +201,7 @@ def tables(folder: Path, *, seed: int, episodes: int | None) -> dict[str, Any]:
                 transfer.append(row | row_of(judge, MappedAgent(agent, weight)))
     return {
         "seed": seed,
-        "episodes": recipe(**options).num_episodes,
+        "episodes": config.num_episodes,
         "instructions": len(judges["own"].prompts),
         "base": {name: base_row(judge) for name, judge in judges.items()},
         "table 5": [{"ratio": r} | row_of(judges["own"], agents[r]) for r in RATIOS],

@@ -4,10 +4,12 @@
 
 Fairness: one random language model, one agent, the same prompts of one length, the same number of
 tokens, EOS ignored, the same threads. The authors' recipe on both sides (their rewards of
-transitions, batches of 1024, ten gradient steps per episode), and beside it our defaults. Reward
-models are left out everywhere: an episode's final reward is a constant. All systems are warmed up,
-then measured in turn, several rounds; figures are medians with the range of the rounds. Loading
-and filling the buffers are outside the clock.
+transitions, batches of 1024, ten gradient steps per episode), only that ours has all prompts in
+flight between two rounds of gradient steps; beside it our own recipe, which takes fewer and smaller
+steps, so that its updates are not compared with theirs. States are kept in float32 everywhere.
+Reward models are left out everywhere: an episode's final reward is a constant. All systems are
+warmed up, then measured in turn, several rounds; figures are medians with the range of the rounds.
+Loading and filling the buffers are outside the clock.
 
     collect     episodes/h without learning
     draw        ms to draw a batch from a filled buffer
@@ -17,6 +19,7 @@ and filling the buffers are outside the clock.
 
 import json
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -37,7 +40,7 @@ from transformers.utils import logging
 
 from mara_fast import Engine, MaraAgent
 from mara_train.config import MaraConfig
-from mara_train.replay import Replay
+from mara_train.replay import Replay, ReplayConfig
 from mara_train.rollout import Rollout
 from mara_train.sac import Sac, SacConfig
 from mara_train.token_rewards import with_final_reward
@@ -49,13 +52,15 @@ _EPISODE_LENGTH = 100
 
 @dataclass(frozen=True, kw_only=True)
 class System:
-    """What is measured: functions without arguments, and what they count for."""
+    """What is measured, and what it counts for."""
 
-    collect: Callable[[], Any]
+    collect: Callable[[], int]
+    """Returns the number of transitions."""
     num_episodes: int
     """Of one call of ``collect``."""
     draw: Callable[[], Any]
-    update: Callable[[], Any]
+    update: Callable[[int], Any]
+    """So many gradient steps."""
     batch_size: int
     updates_per_episode: float
 
@@ -82,28 +87,33 @@ def our_system(setting: Setting, config: MaraConfig) -> System:
     num, hidden_size = setting.states.shape
 
     def replay_of(capacity: int) -> Replay:
-        options = {"dtype": "fp32", "capacity": capacity}
-        return Replay(config.replace(replay=options).replay, hidden_size)
+        return Replay(ReplayConfig(dtype="fp32", capacity=capacity), hidden_size)
 
-    def collect() -> None:
-        kept = replay_of(num)
+    def collect() -> int:
+        kept = replay_of(len(setting.prompts) * setting.num_tokens * config.decoding.top_k)
         for episode in rollout.episodes(setting.prompts, range(len(setting.prompts))):
             chain = episode.chain
             rewards = with_final_reward(
                 chain.token_rewards, chain.positions, 1.0, config.token_rewards
             )
             kept.add(chain.states, chain.actions, rewards)
+        return len(kept)
 
     filled = replay_of(num)
     for part in setting.states.split(_EPISODE_LENGTH):
         filled.add(part, torch.rand(len(part)) < 0.5, torch.randn(len(part)))
     sac = Sac(MaraAgent(hidden_size, config.inner_size), config.sac)
     generator = torch.Generator().manual_seed(0)
+
+    def update(times: int) -> None:
+        for _ in range(times):
+            sac.update(filled.sample(config.batch_size, generator))
+
     return System(
         collect=collect,
         num_episodes=len(setting.prompts),
         draw=lambda: filled.sample(config.batch_size, generator),
-        update=lambda: sac.update(filled.sample(config.batch_size, generator)),
+        update=update,
         batch_size=config.batch_size,
         updates_per_episode=config.updates_per_episode,
     )
@@ -128,9 +138,11 @@ def authors_system(setting: Setting, *, num_episodes: int) -> System:
         for place, state in enumerate(rows)
     ]
 
-    def collect() -> None:
+    prompts = setting.prompts[:num_episodes]
+
+    def collect() -> int:
         kept: list[Transition] = []
-        for prompt in setting.prompts[:num_episodes]:
+        for prompt in prompts:
             kept += explore(
                 setting.model,
                 setting.agent,
@@ -138,12 +150,13 @@ def authors_system(setting: Setting, *, num_episodes: int) -> System:
                 max_new_tokens=setting.num_tokens,
                 final_reward=1.0,
             )[0]
+        return len(kept)
 
     return System(
         collect=collect,
-        num_episodes=num_episodes,
+        num_episodes=len(prompts),
         draw=lambda: learner.draw(recipe.batch_size),
-        update=lambda: learner.update(recipe.batch_size, times=1),
+        update=lambda times: learner.update(recipe.batch_size, times=times),
         batch_size=recipe.batch_size,
         updates_per_episode=recipe.updates_per_episode,
     )
@@ -157,20 +170,27 @@ def measure(
         name: {part: list[float]() for part in ("collect", "draw", "update")} for name in systems
     }
     for system in systems.values():
-        system.update()
+        system.collect()
+        system.draw()
+        system.update(1)
     work = range(rounds * len(systems))
     for number in track(work, description="rounds", console=Console(stderr=True)):
         name = list(systems)[number % len(systems)]
         system = systems[name]
-        for part, function, count, times in (
-            ("collect", system.collect, system.num_episodes, 1),
-            ("draw", system.draw, num_updates, num_updates),
-            ("update", system.update, num_updates, num_updates),
+        started = time.perf_counter()
+        system.collect()
+        collected = time.perf_counter()
+        for _ in range(num_updates):
+            system.draw()
+        drawn = time.perf_counter()
+        system.update(num_updates)
+        updated = time.perf_counter()
+        for part, took in (
+            ("collect", (collected - started) / system.num_episodes),
+            ("draw", (drawn - collected) / num_updates),
+            ("update", (updated - drawn) / num_updates),
         ):
-            started = time.perf_counter()
-            for _ in range(times):
-                function()
-            seconds[name][part].append((time.perf_counter() - started) / count)
+            seconds[name][part].append(took)
     return seconds
 
 
@@ -185,6 +205,7 @@ def report_of(
         found["systems"][name] = {
             "batch_size": system.batch_size,
             "updates_per_episode": system.updates_per_episode,
+            "transitions_per_episode": system.collect() / system.num_episodes,
             "collected_episodes_per_h": 3600 / median["collect"],
             "collected_episodes_per_h_range": [
                 3600 / pick(seconds[name]["collect"]) for pick in (max, min)
@@ -201,30 +222,37 @@ def report_of(
             found["ratios"][name] = {
                 "collected episodes/h": one["collected_episodes_per_h"]
                 / base["collected_episodes_per_h"],
-                "draws/s": base["draw_ms"] / one["draw_ms"],
-                "updates/s": base["update_ms"] / one["update_ms"],
                 "trained episodes/h": one["trained_episodes_per_h"]
                 / base["trained_episodes_per_h"],
             }
+            if one["batch_size"] == base["batch_size"]:
+                found["ratios"][name] |= {
+                    "draws/s": base["draw_ms"] / one["draw_ms"],
+                    "updates/s": base["update_ms"] / one["update_ms"],
+                }
     return found
 
 
 def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
-    hidden_size: Annotated[int, typer.Option(help="H, a multiple of 64.")] = 512,
-    num_layers: Annotated[int, typer.Option()] = 4,
-    num_prompts: Annotated[int, typer.Option(help="Our episodes of a round, in flight.")] = 64,
-    authors_episodes: Annotated[int, typer.Option(help="Theirs of a round.")] = 2,
-    prompt_length: Annotated[int, typer.Option()] = 32,
-    new_tokens: Annotated[int, typer.Option(help="Per episode.")] = 32,
-    transitions: Annotated[int, typer.Option(help="In the buffers.")] = 10_000,
-    updates: Annotated[int, typer.Option(help="Per round.")] = 5,
-    rounds: Annotated[int, typer.Option()] = 3,
-    threads: Annotated[int, typer.Option()] = os.cpu_count() or 1,
+    hidden_size: Annotated[int, typer.Option(min=64, help="H, a multiple of 64.")] = 512,
+    num_layers: Annotated[int, typer.Option(min=1)] = 4,
+    num_prompts: Annotated[
+        int, typer.Option(min=8, help="Our episodes of a round, in flight.")
+    ] = 64,
+    authors_episodes: Annotated[int, typer.Option(min=1, help="Theirs of a round.")] = 2,
+    prompt_length: Annotated[int, typer.Option(min=1)] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Per episode.")] = 32,
+    transitions: Annotated[int, typer.Option(min=1024, help="In the buffers.")] = 10_000,
+    updates: Annotated[int, typer.Option(min=1, help="Per round.")] = 10,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
 ) -> None:
     """Measure and print; ratios are of one run."""
     logging.set_verbosity_error()
     torch.set_num_threads(threads)
+    # Their scheme draws from it.
+    random.seed(0)
     console = Console()
     model = make_model(hidden_size=hidden_size, num_layers=num_layers)
     generator = torch.Generator().manual_seed(1)
@@ -249,7 +277,7 @@ def main(
     console.print(f"{report['model']}\n{report['hardware']}, {report['date']}")
     systems = {
         AUTHORS: authors_system(setting, num_episodes=authors_episodes),
-        OURS_OFFICIAL: our_system(setting, MaraConfig.official()),
+        OURS_OFFICIAL: our_system(setting, MaraConfig.official(episodes_per_step=num_prompts)),
         OURS: our_system(setting, MaraConfig()),
     }
     report |= report_of(systems, measure(systems, rounds=rounds, num_updates=updates))

@@ -40,7 +40,7 @@ DEFAULT_OUTPUT = Path(__file__).parent / "assets"
 REWARD_PATH = DEFAULT_OUTPUT / "reward"
 """Folder of the reward model, which says how much an answer helps."""
 COST_PATH = DEFAULT_OUTPUT / "cost"
-"""Folder of the cost model, which says how much harm it does."""
+"""Folder of the cost model, which says how much harm it does, see :func:`costliness`."""
 
 Rule = Callable[[str, str], float]
 """The value of an answer to an instruction; higher values get higher scores."""
@@ -63,7 +63,7 @@ class RewardModelConfig:
     num_cost_groups: int = 800
     """Groups that the cost model sees, each once; harm is easier to tell than help."""
     group_size: int = 4
-    """Answers of a group, all to one instruction; an even number."""
+    """Answers of a group, all to one instruction."""
     min_gap: float = 0.05
     """Answers whose values, in [0, 1], are closer than this are not compared."""
     margin: float = 10.0
@@ -79,6 +79,13 @@ class RewardModelConfig:
     both models side by side, with half of them each."""
     max_steps: int | None = None
     """Stops each training early after this many optimizer steps; for tests."""
+
+    def __post_init__(self) -> None:
+        if not self.min_gap > 0:
+            raise ValueError(
+                f"min_gap={self.min_gap} is not allowed; allowed: above 0, equal answers are not "
+                "compared"
+            )
 
 
 def costliness(instruction: str, answer: str) -> float:

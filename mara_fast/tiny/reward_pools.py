@@ -245,6 +245,8 @@ def _garble(own: Text, other: Text, stranger: Text, rng: random.Random) -> Text:
     words = " ".join(own).split()
     foreign = " ".join(stranger).split() or ["and"]
     for _ in range(min(len(words), rng.randint(1, 2))):
+        if not words:
+            break
         place = rng.randrange(len(words))
         kept = words[place][: rng.randint(1, 4)]
         end = place + rng.choice((1, 1, 2, 3))

@@ -33,8 +33,7 @@ def speed() -> ModuleType:
     return load("training_speed")
 
 
-def test_an_episode_is_that_of_our_rollout(authors: ModuleType) -> None:
-    """Same transitions and rewards, where the agent leaves nothing to chance."""
+def small_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=64,
@@ -44,7 +43,12 @@ def test_an_episode_is_that_of_our_rollout(authors: ModuleType) -> None:
         vocab_size=97,
         initializer_range=0.2,
     )
-    model = LlamaForCausalLM(config).eval().requires_grad_(False)
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def test_an_episode_is_that_of_our_rollout(authors: ModuleType) -> None:
+    """Same transitions and rewards, where the agent leaves nothing to chance."""
+    model = small_model()
     agent = MaraAgent(64).requires_grad_(False)
     agent.output_linear.weight.mul_(1e5)
     recipe = MaraConfig.official()
@@ -110,27 +114,58 @@ def test_a_gradient_step_is_that_of_our_learner(authors: ModuleType) -> None:
 
 
 def test_report(speed: ModuleType) -> None:
-    def system(updates_per_episode: float) -> object:
+    def system(updates_per_episode: float, batch_size: int) -> object:
         return speed.System(
-            collect=lambda: None,
+            collect=lambda: 7,
             num_episodes=1,
             draw=lambda: None,
-            update=lambda: None,
-            batch_size=4,
+            update=lambda times: None,
+            batch_size=batch_size,
             updates_per_episode=updates_per_episode,
         )
 
-    systems = {speed.AUTHORS: system(10), speed.OURS: system(1)}
+    systems = {
+        speed.AUTHORS: system(10, 4),
+        speed.OURS_OFFICIAL: system(10, 4),
+        speed.OURS: system(1, 2),
+    }
     seconds = {
         speed.AUTHORS: {"collect": [2.0, 3.0, 9.0], "draw": [0.1] * 3, "update": [0.3] * 3},
-        speed.OURS: {"collect": [0.1] * 3, "draw": [0.001] * 3, "update": [0.1] * 3},
+    }
+    seconds |= {
+        name: {"collect": [0.1] * 3, "draw": [0.001] * 3, "update": [0.1] * 3}
+        for name in (speed.OURS_OFFICIAL, speed.OURS)
     }
     found = speed.report_of(systems, seconds)
     authors = found["systems"][speed.AUTHORS]
     assert authors["collected_episodes_per_h"] == pytest.approx(1200)
     assert authors["collected_episodes_per_h_range"] == pytest.approx([400, 1800])
     assert authors["trained_episodes_per_h"] == pytest.approx(600)
-    ratios = found["ratios"][speed.OURS]
-    assert list(ratios.values()) == pytest.approx([30, 100, 3, 30])
+    assert authors["transitions_per_episode"] == 7
+    ratios = found["ratios"]
+    assert list(ratios[speed.OURS_OFFICIAL].values()) == pytest.approx([30, 6 / 1.1, 100, 3])
+    # Other batches: their times are not compared.
+    assert list(ratios[speed.OURS].values()) == pytest.approx([30, 30])
     measured = speed.measure(systems, rounds=2, num_updates=3)
     assert {len(values) for parts in measured.values() for values in parts.values()} == {2}
+
+
+def test_systems_run_and_learn(speed: ModuleType) -> None:
+    """Every system as it is measured, in small."""
+    setting = speed.Setting(
+        model=small_model(),
+        agent=MaraAgent(64, 32).requires_grad_(False),
+        prompts=[[5, 17, 40, 8], [3, 3, 9, 60]],
+        num_tokens=6,
+        states=torch.randn(1024, 64),
+    )
+    systems = {
+        speed.AUTHORS: speed.authors_system(setting, num_episodes=5),
+        speed.OURS_OFFICIAL: speed.our_system(setting, MaraConfig.official(episodes_per_step=2)),
+        speed.OURS: speed.our_system(setting, MaraConfig()),
+    }
+    found = speed.report_of(systems, speed.measure(systems, rounds=1, num_updates=1))
+    for name, one in found["systems"].items():
+        assert systems[name].num_episodes == 2
+        assert one["transitions_per_episode"] > 6 and one["update_ms"] > one["draw_ms"] > 0
+    assert found["systems"][speed.OURS]["batch_size"] == 256

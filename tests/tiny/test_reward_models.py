@@ -98,7 +98,7 @@ def test_order_of_plain_cases(models):
     rewards = score_answers(reward, tokenizer, [BREAD] * 3, [good, "No.", good[:50]])
     assert rewards[0] > rewards[2] and rewards[0] > rewards[1]
     costs = score_answers(cost, tokenizer, [STEAL] * 2, [evil, no])
-    assert costs[0] > costs[1] + 1
+    assert costs[0] > costs[1] + 0.5
 
 
 @pytest.mark.parametrize("name", LIMITS)
@@ -205,11 +205,13 @@ def test_edits_never_fail(name, monkeypatch):
     texts = (
         "",
         "No.",
+        "No way.",
+        "Sure thing, friend.",
         "Sure, here is how to bake bread. First, wash and weigh everything for the bread.",
     )
     for text in texts:
         for other in texts:
-            for _ in range(20):
+            for _ in range(40):
                 edited = edit_answer(text, other=other, stranger=other, rng=rng)
                 assert edited.source == name
 
@@ -228,6 +230,8 @@ def test_errors(models, pools):
     for given, size in ((pools, 1), (pools, 99), ([], 2)):
         with pytest.raises(ValueError, match=f"size={size} is not allowed"):
             make_groups(given, num=1, size=size, seed=0)
+    with pytest.raises(ValueError, match=r"min_gap=0.0 is not allowed; allowed: above 0"):
+        RewardModelConfig(min_gap=0.0)
     with pytest.raises(ValueError, match="give one for each"):
         score_answers(reward, tokenizer, [BREAD], [])
     assert score_answers(reward, tokenizer, [], []) == []

@@ -140,6 +140,11 @@ def test_alpha_follows_the_entropy() -> None:
         before = sac.log_alpha.item()
         sac.update(batch())
         assert (sac.log_alpha.item() > before) == rises
+        # It is moved while the learner learns.
+        sac = learner(target_entropy=0.3, alpha_learning_rate=0.1)
+        sac.target_entropy.fill_(target_entropy)
+        sac.update(batch())
+        assert (sac.log_alpha.item() > before) == rises
 
 
 def test_gradients_are_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,6 +158,7 @@ def test_state_goes_through_a_file(tmp_path: Path) -> None:
     first = learner(gamma=0.9)
     for seed in range(4):
         first.update(batch(seed=seed))
+    first.target_entropy.fill_(0.1)
     torch.save(first.state_dict(), tmp_path / "state.pt")
     second = learner(gamma=0.9)
     second.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
@@ -189,3 +195,28 @@ def test_learning_rates_can_be_scaled() -> None:
     sac.scale_learning_rates(0.5)
     rates = {name: each.param_groups[0]["lr"] for name, each in sac.optimizers.items()}
     assert rates == {"actor": 0.05, "critic": 0.1, "alpha": 0.3}
+
+
+@pytest.mark.gpu
+def test_a_captured_update_is_the_plain_one() -> None:
+    """On a GPU updates are replayed from a graph: also after learning rates and target moved."""
+
+    def on_gpu() -> Sac:
+        torch.manual_seed(0)
+        return Sac(MaraAgent(HIDDEN, 32), SacConfig(gamma=0.9, target_interval=2), device="cuda")
+
+    captured, plain = on_gpu(), on_gpu()
+    for step in range(12):
+        if step == 7:
+            for sac in (captured, plain):
+                sac.scale_learning_rates(0.1)
+                sac.target_entropy.fill_(0.05)
+        on_device = Batch(*(tensor.cuda() for tensor in batch(seed=step)))
+        found = captured.update(on_device)
+        expected = plain.gradient_step(on_device)
+        if step % 2:
+            plain.move_target()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert captured._graph is not None
+    for name, tensor in captured.agent.state_dict().items():
+        torch.testing.assert_close(tensor, plain.agent.state_dict()[name], atol=1e-5, rtol=1e-4)

@@ -76,8 +76,8 @@ class MaraConfig:
     learning_rate_schedule: Literal["constant", "linear"] = "linear"
     """``linear``: actor and critic learn ever more slowly, down to 2 % of their rates."""
     final_target_entropy: float | None = 0.05 * math.log(2)
-    """The target entropy goes there, in nats and in a straight line over the run; None: it stays
-    what ``sac`` says."""
+    """The target entropy goes towards this, in nats and in a straight line over the run; None: it
+    stays what ``sac`` says."""
     max_batch_size: int = 64
     """Episodes in flight: slots of the engine."""
     num_collectors: int = 0

@@ -257,6 +257,7 @@ class Sac:
             "critic": self.critic.state_dict(),
             "target": self.target.state_dict(),
             "log_alpha": self.log_alpha.detach(),
+            "target_entropy": self.target_entropy,
             "optimizers": {name: each.state_dict() for name, each in self.optimizers.items()},
             "num_steps": self.num_steps,
         }
@@ -267,6 +268,7 @@ class Sac:
             getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():
             self.log_alpha.copy_(state["log_alpha"])
+            self.target_entropy.copy_(state["target_entropy"])
         for name, each in self.optimizers.items():
             each.load_state_dict(state["optimizers"][name])
         # It would write to the moments that were there before.

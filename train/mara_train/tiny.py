@@ -98,7 +98,9 @@ class Judge:
     def rates(self, answers: Sequence[Generation]) -> dict[str, dict[str, float]]:
         """The paper's three rates over the base model's greedy and its sampled answers.
 
-        helpful and harmless count the reward and the cost alone, preference both (Eq. 12).
+        helpful and harmless count the reward and the cost alone, preference both (Eq. 12). Between
+        equally harmless answers the cost is that of the less helpful one, see
+        :func:`mara_fast.tiny.reward_models.costliness`.
         """
         table = self._table(answers)
         weights = {"helpful": (1.0, 0.0), "harmless": (0.0, -1.0), "preference": _WEIGHTS}
@@ -220,8 +222,9 @@ def report(
         "",
         f"`{command}`, {date.today()}, {len(judge.prompts)} held-out instructions.",
         "`vs_greedy` and `vs_sampled`: preference rate by reward and cost model over the base",
-        "model's answers (Eq. 12). `helpfulness` and `harm`: by the rules, which nothing was",
-        "trained on.",
+        "model's answers (Eq. 12). `helpfulness` and `harm`: by the rules, which the agent",
+        "never saw. The cost model was taught to prefer, of two equally harmless answers, the more",
+        "helpful one.",
         "",
         "| | " + " | ".join(names) + " |",
         "|---|" + "---:|" * len(names),
@@ -249,7 +252,7 @@ def main(
     ] = None,
     num_controls: Annotated[int, typer.Option(help="Untrained agents to compare with.")] = 3,
     threads: Annotated[
-        int, typer.Option(help="Of torch; another number may make another agent.")
+        int, typer.Option(min=1, help="Of torch; another number may make another agent.")
     ] = 1,
 ) -> None:
     """Train the tiny world's agent, judge it, and write a report beside it."""
