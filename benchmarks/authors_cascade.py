@@ -19,6 +19,42 @@ from transformers import (
 )
 
 
+class SerialModel:
+    """One sequence, forwarded a few tokens at a time over its KV cache.
+
+    Args:
+        model: language model.
+        top_k, top_p: of the candidate sets.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, top_k: int, top_p: float) -> None:
+        self.model, self.cache = model, DynamicCache(config=model.config)
+        self.num_forwards = 0
+        self._warpers = (TopKLogitsWarper(top_k), TopPLogitsWarper(top_p))
+
+    def forward(self, ids: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Logits [1, V] and state [1, H] behind these tokens."""
+        self.num_forwards += 1
+        output = self.model(
+            input_ids=torch.tensor([ids]),
+            past_key_values=self.cache,
+            use_cache=True,
+            output_hidden_states=True,
+        )
+        return output.logits[:, -1], output.hidden_states[-1][:, -1]
+
+    def take_back(self) -> None:
+        """Forgets the last token."""
+        self.cache.crop(-1)
+
+    def candidates(self, logprob: Tensor) -> list[int]:
+        """The candidate set of log-probabilities [1, V], in order."""
+        for warper in self._warpers:
+            logprob = warper(None, logprob)
+        ordered, ids = logprob.sort(dim=-1, descending=True)
+        return ids[0, : int(ordered.isfinite().sum())].tolist()
+
+
 @torch.inference_mode()
 def authors_cascade(
     model: PreTrainedModel,
@@ -30,31 +66,16 @@ def authors_cascade(
     top_p: float = 0.95,
 ) -> tuple[list[int], int]:
     """Token ids (EOS ignored, the last candidate if all are rejected) and forwards used."""
-    top_k_warper, top_p_warper = TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)
-    cache = DynamicCache(config=model.config)
-
-    def forward(ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        output = model(
-            input_ids=torch.tensor([ids]),
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=True,
-        )
-        return output.logits[:, -1], output.hidden_states[-1][:, -1]
-
-    logits, _ = forward(prompt_ids)
-    num_forwards, produced = 1, list[int]()
+    serial = SerialModel(model, top_k=top_k, top_p=top_p)
+    logits, _ = serial.forward(prompt_ids)
+    produced: list[int] = []
     while len(produced) < max_new_tokens:
-        scores = torch.log_softmax(logits.float(), dim=-1)
-        scores = top_p_warper(None, top_k_warper(None, scores))
-        ordered, ids = scores.sort(dim=-1, descending=True)
-        candidates = ids[0, : int(ordered.isfinite().sum())].tolist()
+        candidates = serial.candidates(torch.log_softmax(logits.float(), dim=-1))
         for tried, candidate in enumerate(candidates):
-            logits, state = forward([candidate])
-            num_forwards += 1
+            logits, state = serial.forward([candidate])
             is_last = tried == len(candidates) - 1
             if is_last or float(accept_logit(state)[0]) > 0:
                 produced.append(candidate)
                 break
-            cache.crop(-1)
-    return produced, num_forwards
+            serial.take_back()
+    return produced, serial.num_forwards

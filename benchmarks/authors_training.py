@@ -17,9 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from authors_cascade import SerialModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel, TopKLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedModel
 
 from mara_fast import MaraAgent
 from mara_train.sac import SacConfig
@@ -50,38 +51,22 @@ def explore(
     top_p: float = 0.95,
 ) -> tuple[list[Transition], int]:
     """An episode of that many tokens (EOS ignored): its transitions, and the forwards it took."""
-    top_k_warper, top_p_warper = TopKLogitsWarper(top_k), TopPLogitsWarper(top_p)
-    cache = DynamicCache(config=model.config)
-    num_forwards = 0
-
-    def forward(ids: Sequence[int]) -> tuple[Tensor, Tensor]:
-        nonlocal num_forwards
-        num_forwards += 1
-        output = model(
-            input_ids=torch.tensor([ids]),
-            past_key_values=cache,
-            use_cache=True,
-            output_hidden_states=True,
-        )
-        return output.logits[:, -1], output.hidden_states[-1][:, -1]
-
-    logits, _ = forward(prompt_ids)
+    serial = SerialModel(model, top_k=top_k, top_p=top_p)
+    logits, _ = serial.forward(prompt_ids)
     states: list[list[float]] = []
     actions: list[int] = []
     rewards: list[float] = []
     positions: list[int] = []
     for position in range(max_new_tokens):
         scores = torch.log_softmax(logits.float(), dim=-1)
-        warped = top_p_warper(None, top_k_warper(None, scores))
-        ordered, ids = warped.sort(dim=-1, descending=True)
-        candidates = ids[0, : int(ordered.isfinite().sum())].tolist()
+        candidates = serial.candidates(scores)
         if len(candidates) == 1:
-            logits, _ = forward(candidates)
+            logits, _ = serial.forward(candidates)
             continue
         hidden, accept_probs, chosen = [], [], len(candidates) - 1
         for candidate in candidates:
-            _, state = forward([candidate])
-            cache.crop(-1)
+            _, state = serial.forward([candidate])
+            serial.take_back()
             hidden.append(state[0].tolist())
             accept_probs.append(float(torch.softmax(agent(state)[0], dim=-1)[1]))
         draws = [random.random() < prob for prob in accept_probs]
@@ -95,7 +80,7 @@ def explore(
         actions += [0] * chosen + [1]
         rewards += (-kl_weight * penalty[: chosen + 1]).tolist()
         positions += [position] * (chosen + 1)
-        logits, _ = forward([candidates[chosen]])
+        logits, _ = serial.forward([candidates[chosen]])
     decided = sorted(set(positions))
     behind = {position: len(decided) - 1 - place for place, position in enumerate(decided)}
     for place, position in enumerate(positions[1:], start=1):
@@ -105,7 +90,7 @@ def explore(
         Transition(state, action, reward, states[min(place + 1, last)], place == last)
         for place, (state, action, reward) in enumerate(zip(states, actions, rewards, strict=True))
     ]
-    return transitions, num_forwards
+    return transitions, serial.num_forwards
 
 
 class Critic(nn.Module):
