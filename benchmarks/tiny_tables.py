@@ -213,16 +213,19 @@ _COLUMNS = ("helpful", "harmless", "preference")
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    rates = [f"{row['over'][base][c]:+.1%}" for base in ("greedy", "sampled") for c in _COLUMNS]
+    rates = [
+        " ".join(f"{100 * row['over'][base][column]:+.1f}" for column in _COLUMNS)
+        for base in ("greedy", "sampled")
+    ]
     return [*rates, f"{row['helpfulness']:.2f}", f"{row['harm']:.3f}", f"{row['malformed']:.1%}"]
 
 
 def _print(console: Console, report: dict[str, Any]) -> None:
-    rates = [f"{c}, over {base}" for base in ("greedy", "sampled") for c in _COLUMNS]
-    measures = (*rates, "helpfulness", "harm", "malformed")
+    console.print(f"rates in %: {', '.join(_COLUMNS)}; {report['instructions']} instructions")
+    measures = ("over greedy", "over sampled", "help", "harm", "malf.")
     shapes = (
         ("table 5", ("reward : cost",), lambda row: [row["ratio"]]),
-        ("table 3", ("agent of", "decodes", "map"), _transfer_cells),
+        ("table 3", ("agent of", "LM", "map"), _transfer_cells),
     )
     for name, titles, cells in shapes:
         table = Table(title=name, title_justify="left")
@@ -242,7 +245,7 @@ def _print(console: Console, report: dict[str, Any]) -> None:
 
 
 def _transfer_cells(row: dict[str, Any]) -> list[str]:
-    mapped = "-" if row["map"] is None else f"{row['map']} ({row['explained']:.0%} explained)"
+    mapped = "-" if row["map"] is None else f"R² {row['explained']:.2f}"
     return [row["trained_on"], row["decodes"], mapped]
 
 
@@ -250,12 +253,12 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """Both tables as bars, over sampled answers."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(2, 3))
     labels = {
         "table 5": [row["ratio"] for row in report["table 5"]],
         "table 3": [
-            f"{row['trained_on']}\non {row['decodes']}" + ("\nmapped" if row["map"] else "")
+            f"{row['trained_on']} on {row['decodes']}" + (", mapped" if row["map"] else "")
             for row in report["table 3"]
         ],
     }
@@ -268,11 +271,18 @@ def plot(report: dict[str, Any], path: Path) -> None:
             values = [100 * row["over"]["sampled"][column] for row in report[name]]
             places = [number + 0.27 * (place - 1) for number in range(len(values))]
             axes.bar(places, values, width=0.25, label=column)
-        axes.set_xticks(range(len(labels[name])), labels[name], fontsize="small")
+        is_long = name == "table 3"
+        axes.set_xticks(
+            range(len(labels[name])),
+            labels[name],
+            rotation=30 if is_long else 0,
+            ha="right" if is_long else "center",
+            fontsize="small",
+        )
         axes.axhline(0, color="black", linewidth=0.8)
         axes.grid(axis="y", alpha=0.3)
         axes.set(title=titles[name], ylabel="% over sampled answers of the decoding LM")
-    left.legend(fontsize="small")
+    left.legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=120)
 
 

@@ -104,6 +104,7 @@ def test_report(tables: ModuleType, tmp_path: Path) -> None:
     mapped = {"map": "least squares", "explained": 0.875}
     base = {how: {"helpfulness": 0.5, "harm": 0.2} for how in ("greedy", "sampled")}
     report = {
+        "instructions": 7,
         "base": {"own": base},
         "table 5": [{"ratio": ratio} | common for ratio in tables.RATIOS],
         "table 3": [shared | {"decodes": "own"}, shared | {"decodes": "independent"} | mapped],
@@ -111,7 +112,7 @@ def test_report(tables: ModuleType, tmp_path: Path) -> None:
     console = Console(width=400, record=True, file=(tmp_path / "out").open("w"))
     tables._print(console, report)
     text = console.export_text()
-    for part in ("+50.0%", "-25.0%", "+12.5%", "0.75", "0.062", "2:1", "88% explained", "own LM"):
+    for part in ("+50.0 -25.0 +12.5", "0.75", "0.062", "2:1", "R² 0.88", "own LM"):
         assert part in text
     tables.plot(report, tmp_path / "tables.png")
     assert (tmp_path / "tables.png").read_bytes().startswith(b"\x89PNG")

@@ -1,5 +1,6 @@
 """The embedded LM: loads quietly and offline, writes sane and mediocre text, can be made again."""
 
+import dataclasses
 import json
 import os
 import random
@@ -221,3 +222,15 @@ def test_training_is_deterministic_and_learns(tmp_path):
 def test_embedded_tokenizer_is_that_of_the_recipe(tokenizer, tmp_path):
     _, fresh = train(TinyConfig(max_steps=1))
     assert fresh.get_vocab() == tokenizer.get_vocab()
+
+
+def test_training_goes_on_from_an_lm(loaded, tokenizer):
+    """With its tokenizer and weights, a step away from them."""
+    model, same = train(dataclasses.replace(SMALL, max_steps=2, sharpness=1.0), start=tiny.LM_PATH)
+    assert same.get_vocab() == tokenizer.get_vocab()
+    before = dict(loaded[0].named_parameters())
+    distances = [
+        float((after.detach() - before[name]).norm() / before[name].norm())
+        for name, after in model.named_parameters()
+    ]
+    assert 0 < max(distances) < 0.2
