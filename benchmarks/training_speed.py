@@ -249,6 +249,8 @@ def main(
     threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
 ) -> None:
     """Measure and print; ratios are of one run."""
+    if hidden_size % 64:
+        raise typer.BadParameter(f"hidden-size={hidden_size} is not a multiple of 64")
     logging.set_verbosity_error()
     torch.set_num_threads(threads)
     # Their scheme draws from it.

@@ -433,7 +433,9 @@ def _train_and_save(
 def main(
     output: Annotated[Path, typer.Option(help="Folder to write both into.")] = DEFAULT_OUTPUT,
     seed: Annotated[int, typer.Option(help="Seeds answers, groups and weights.")] = 0,
-    lm: Annotated[Path, typer.Option(help="Folder of the tiny LM.")] = LM_PATH,
+    lm: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, help="Folder of the tiny LM.")
+    ] = LM_PATH,
     max_steps: Annotated[int | None, typer.Option(help="Stop early, for a trial.")] = None,
 ) -> None:
     """Train the reward model and the cost model of the tiny LM, and write a folder for each."""

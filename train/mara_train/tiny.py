@@ -248,7 +248,10 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder of the run.")],
     seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
     world: Annotated[
-        Path | None, typer.Option(help="Folder with lm, reward and cost; default: the embedded.")
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder with lm, reward and cost; default: embedded."
+        ),
     ] = None,
     num_controls: Annotated[int, typer.Option(help="Untrained agents to compare with.")] = 3,
     threads: Annotated[
