@@ -13,8 +13,9 @@ WORKERS ?= 2
 
 # Where measurements go.
 RESULTS ?= benchmarks/results
-# Where the tiny world is retrained.
+# Where the tiny world is retrained, and which fifth of its instructions (0 to 4) is held out.
 TINY ?= tiny-world
+FOLD ?= 0
 # What runs under the memory checker.
 SANITIZED := strides or splits or small_trees or every_rule_equals_torch or different_size
 
@@ -97,9 +98,8 @@ gpu-bench: $(USE)
 	@$(PATHS) $(RUN) benchmarks/kernel_speed.py --output $(RESULTS)/kernel_speed_gpu.json
 
 reproduce-tiny: $(DEV) ## retrain the tiny world (LM, reward and cost model, agent) and judge it
-	@$(PATHS) $(RUN) -m mara_fast.tiny.lm --output $(TINY)/lm
-	@$(PATHS) $(RUN) -m mara_fast.tiny.reward_models --lm $(TINY)/lm --output $(TINY)
-	@$(PATHS) $(RUN) -m mara_train.tiny --world $(TINY) --output $(TINY)/run --num-controls 1
+	@$(PATHS) $(RUN) -m mara_train.tiny --make-world --fold $(FOLD) --world $(TINY) \
+	  --output $(TINY)/run --num-controls 1
 
 tables: $(DEV) ## the paper's Tables 3 and 5 in the tiny world: trains agents, judges and plots them
 	@$(PATHS) $(RUN) benchmarks/tiny_tables.py --output $(RESULTS)/tiny_tables.json

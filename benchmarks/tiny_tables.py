@@ -134,8 +134,8 @@ def base_row(judge: Judge) -> dict[str, Any]:
     return {
         name: {"helpfulness": judged.helpfulness, "harm": judged.harm}
         for name, judged in (
-            ("greedy", judge.of(judge.greedy)),
-            ("sampled", judge.of(judge.sampled)),
+            ("greedy", judge.of(judge.baseline.greedy)),
+            ("sampled", judge.of(judge.baseline.sampled)),
         )
     }
 

@@ -25,11 +25,17 @@ _LOWER_PROB = 0.2
 _NO_MARK_PROB = 0.15
 
 
-def documents(*, num: int, seed: int) -> list[str]:
-    """`num` training dialogues as texts with special tokens, in seeded order."""
+def documents(*, num: int, seed: int, fold: int = 0) -> list[str]:
+    """`num` training dialogues as texts with special tokens, in seeded order.
+
+    Args:
+        num: of the dialogues.
+        seed: of all draws.
+        fold: see :func:`mara_fast.tiny.grammar.instructions`.
+    """
     rng = random.Random(seed)
     texts: list[str] = []
-    for dialogue in sample_dialogues(num=num, seed=seed, split="train"):
+    for dialogue in sample_dialogues(num=num, seed=seed, split="train", fold=fold):
         turn = _turn(dialogue, rng=rng)
         draw = rng.random()
         if texts and draw < _SECOND_TURN_PROB:

@@ -1,7 +1,8 @@
 """Instructions of the tiny world, their two splits, and seeded dialogues.
 
     instruction = phrasing x topic x circumstance
-    held out    = a fifth of all pairs of phrasing and topic, the same on every machine
+    held out    = a fifth (one of five folds) of all pairs of phrasing and topic, the same on every
+                  machine
     dialogue    = instruction, answer written with the instruction's lean
 
 The lean (share of good sentences) differs from topic to topic and from phrasing to phrasing. A
@@ -18,6 +19,7 @@ from mara_fast.tiny.answers import write_answer
 from mara_fast.tiny.topics import Topic, topics
 
 Split = Literal["train", "heldout"]
+NUM_FOLDS = 5
 
 PHRASINGS = (
     "How do I {request}?",
@@ -62,19 +64,37 @@ class Dialogue:
     harmful: bool
 
 
-def instructions(*, split: Split) -> list[Instruction]:
-    """All instructions of a split; no topic meets the same phrasing in both splits."""
+def instructions(*, split: Split, fold: int = 0) -> list[Instruction]:
+    """All instructions of a split; no topic meets the same phrasing in both splits.
+
+    Args:
+        split: "train" or "heldout".
+        fold: fifth of the pairs of topic and phrasing that is held out, 0 to 4. The embedded
+            models and their recipes were made with fold 0; a world made anew with another fold
+            says how they do where nobody looked.
+    """
     if split not in ("train", "heldout"):
         raise ValueError(f"split must be 'train' or 'heldout', got {split!r}")
-    return [instruction for instruction, _ in _pairs(split)]
+    if fold not in range(NUM_FOLDS):
+        raise ValueError(f"fold must be from 0 to {NUM_FOLDS - 1}, got {fold!r}")
+    return [instruction for instruction, _ in _pairs(split, fold)]
 
 
-def sample_dialogues(*, num: int, seed: int, split: Split = "train") -> list[Dialogue]:
-    """`num` dialogues drawn with replacement, half of them harmful; a pure function of `seed`."""
-    instructions(split=split)
+def sample_dialogues(
+    *, num: int, seed: int, split: Split = "train", fold: int = 0
+) -> list[Dialogue]:
+    """`num` dialogues drawn with replacement, half of them harmful; a pure function of the rest.
+
+    Args:
+        num: of the dialogues.
+        seed: of the draws.
+        split: see :func:`instructions`.
+        fold: see :func:`instructions`.
+    """
+    instructions(split=split, fold=fold)
     rng = random.Random(seed)
     by_harm = {
-        harmful: [pair for pair in _pairs(split) if pair[0].harmful is harmful]
+        harmful: [pair for pair in _pairs(split, fold) if pair[0].harmful is harmful]
         for harmful in (False, True)
     }
     dialogues = []
@@ -99,12 +119,13 @@ def sample_answer(instruction: Instruction, *, seed: int, lean: float | None = N
 
 
 @lru_cache(maxsize=2)
-def _pairs(split: Split) -> tuple[tuple[Instruction, Topic], ...]:
+def _pairs(split: Split, fold: int) -> tuple[tuple[Instruction, Topic], ...]:
     pairs = []
     for topic in topics():
         for number, phrasing in enumerate(PHRASINGS):
             # A fifth of all pairs of topic and phrasing, spread evenly over both.
-            if ((2 * topic.index + number) % 5 == 0) is not (split == "heldout"):
+            is_held_out = (2 * topic.index + number) % NUM_FOLDS == fold
+            if is_held_out is not (split == "heldout"):
                 continue
             leans = _HARMFUL_LEANS if topic.harmful else _BENIGN_LEANS
             lean = leans[topic.index % 5] + _PHRASING_SHIFTS[number % 3]

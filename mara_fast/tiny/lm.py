@@ -36,6 +36,8 @@ class TinyConfig:
 
     seed: int = 0
     """Seeds the corpus and the first weights."""
+    fold: int = 0
+    """Fifth of the instructions that is held out, 0 to 4."""
     num_dialogues: int = 22_000
     """Size of the corpus; each dialogue is about 60 tokens, and seen once."""
     vocab_size: int = 1024
@@ -78,7 +80,7 @@ def train(
         config: its sizes are those of a fresh LM.
         start: folder of an LM to train further; None: a fresh one.
     """
-    texts = documents(num=config.num_dialogues, seed=config.seed)
+    texts = documents(num=config.num_dialogues, seed=config.seed, fold=config.fold)
     if start is None:
         tokenizer = train_tokenizer(texts[: len(texts) // 4 + 1], vocab_size=config.vocab_size)
         model = _build(config, tokenizer=tokenizer)
@@ -195,10 +197,11 @@ def _fit(
 def main(
     output: Annotated[Path, typer.Option(help="Folder to write.")] = DEFAULT_OUTPUT,
     seed: Annotated[int, typer.Option(help="Seeds the corpus and the weights.")] = 0,
+    fold: Annotated[int, typer.Option(help="Fifth of the instructions to hold out.")] = 0,
     max_steps: Annotated[int | None, typer.Option(help="Stop early, for a trial.")] = None,
 ) -> None:
     """Train the tiny LM and its tokenizer, and write both as one folder."""
-    model, tokenizer = train(TinyConfig(seed=seed, max_steps=max_steps))
+    model, tokenizer = train(TinyConfig(seed=seed, fold=fold, max_steps=max_steps))
     save(model, tokenizer, directory=output)
 
 

@@ -63,6 +63,18 @@ def test_dialogues_come_from_their_split():
     assert 150 < sum(dialogue.harmful for dialogue in dialogues) < 250
 
 
+def test_folds_hold_out_every_instruction_once():
+    held_out = [one.text for fold in range(5) for one in instructions(split="heldout", fold=fold)]
+    everything = {one.text for split in ("train", "heldout") for one in instructions(split=split)}
+    assert sorted(held_out) == sorted(everything)
+    for fold in range(5):
+        asked = {one.text for one in instructions(split="heldout", fold=fold)}
+        seen = sample_dialogues(num=300, seed=1, fold=fold)
+        assert not asked & {dialogue.instruction for dialogue in seen}
+    with pytest.raises(ValueError, match="from 0 to 4, got 5"):
+        instructions(split="train", fold=5)
+
+
 def test_unknown_split_is_refused():
     with pytest.raises(ValueError, match="heldout"):
         instructions(split="test")

@@ -16,16 +16,18 @@ from mara_fast.tiny.grammar import instructions
 from mara_fast.tiny.reward_models import (
     COST_PATH,
     REWARD_PATH,
-    RewardModelConfig,
-    answer_pools,
     costliness,
     load_reward_models,
-    pairwise_loss,
-    save,
     score_answers,
-    train,
 )
 from mara_fast.tiny.reward_pools import DRAWS, EDITS, edit_answer, make_groups, make_pools
+from mara_fast.tiny.reward_training import (
+    RewardModelConfig,
+    answer_pools,
+    pairwise_loss,
+    save,
+    train,
+)
 from mara_fast.tiny.rules import harm, helpfulness
 
 BREAD = "How do I bake bread?"

@@ -2,6 +2,7 @@
 
 python -m mara_train.tiny --output DIR --seed 0
 
+world:  with --make-world, a language model and its reward and cost model from nothing
 train:  MaraTrainer with the options of recipes/tiny.yaml, the tiny reward and cost model
 judge:  held-out instructions; preference rates by the models, helpfulness and harm by the
         rules, beside those of the base model and of untrained agents
@@ -13,8 +14,10 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from importlib.resources import files
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +29,9 @@ from mara_fast.agent import MaraAgent
 from mara_fast.engine import Engine
 from mara_fast.outputs import DecodingStats, Generation
 from mara_fast.rewards import RewardModel
-from mara_fast.tiny.grammar import instructions
+from mara_fast.tiny import lm as tiny_lm
+from mara_fast.tiny import reward_training
+from mara_fast.tiny.grammar import NUM_FOLDS, Split, instructions
 from mara_fast.tiny.reward_models import DEFAULT_OUTPUT, load_reward_models
 from mara_fast.tiny.rules import harm, helpfulness, is_malformed
 from mara_train.config import MaraConfig
@@ -63,6 +68,18 @@ class Judgement:
     """Share of decided positions."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """What agents are compared with."""
+
+    greedy: list[Generation]
+    """The base model's most probable answers."""
+    sampled: list[Generation]
+    """Its sampled answers."""
+    scores: dict[str, torch.Tensor]
+    """Of both by the models, [2, N]."""
+
+
 class Judge:
     """Judges agents of the tiny language model on held-out instructions.
 
@@ -70,19 +87,32 @@ class Judge:
         config: its decoding options are used.
         world: folder with ``lm``, ``reward`` and ``cost``; None: the embedded ones.
         lm: folder of another language model than the world's.
+        fold: fifth of the instructions that the world holds out.
+        baseline: of a judge with the same arguments; None: decoded here.
     """
 
     def __init__(
-        self, config: MaraConfig, *, world: Path | None = None, lm: Path | None = None
+        self,
+        config: MaraConfig,
+        *,
+        world: Path | None = None,
+        lm: Path | None = None,
+        fold: int = 0,
+        baseline: Baseline | None = None,
     ) -> None:
         self.decoding = config.decoding
-        self.prompts = [instruction.text for instruction in instructions(split="heldout")]
+        self.prompts = _prompts("heldout", fold)
         self.models = reward_models(world)
         model = _model(world) if lm is None else str(lm)
         self.base = Engine(model, False, max_batch_size=config.max_batch_size)
-        self.greedy = self._answers(self.base)
-        self.sampled = self._answers(self.base, acceptance="sample")
-        self._tables = {"greedy": self._table(self.greedy), "sampled": self._table(self.sampled)}
+        self.baseline = baseline or self._decode_baseline()
+
+    def _decode_baseline(self) -> Baseline:
+        answers = {
+            "greedy": self._answers(self.base),
+            "sampled": self._answers(self.base, acceptance="sample"),
+        }
+        return Baseline(**answers, scores={name: self._scores(a) for name, a in answers.items()})
 
     def __call__(self, agent: MaraAgent) -> Judgement:
         """An agent's answers, judged."""
@@ -102,22 +132,22 @@ class Judge:
         equally harmless answers the cost is that of the less helpful one, see
         :func:`mara_fast.tiny.reward_models.costliness`.
         """
-        table = self._table(answers)
+        table = self._scores(answers)
         weights = {"helpful": (1.0, 0.0), "harmless": (0.0, -1.0), "preference": _WEIGHTS}
         return {
             base: {name: preference_rate(table, theirs, each) for name, each in weights.items()}
-            for base, theirs in self._tables.items()
+            for base, theirs in self.baseline.scores.items()
         }
 
     def of(self, answers: Sequence[Generation]) -> Judgement:
         """Answers to :attr:`prompts`, judged."""
-        table = self._table(answers)
+        table, scores = self._scores(answers), self.baseline.scores
         stats = sum((answer.stats for answer in answers), DecodingStats())
         decided = max(1, stats.num_decided)
         pairs = [(str(answer.prompt), answer.text or "") for answer in answers]
         return Judgement(
-            vs_greedy=preference_rate(table, self._tables["greedy"], _WEIGHTS),
-            vs_sampled=preference_rate(table, self._tables["sampled"], _WEIGHTS),
+            vs_greedy=preference_rate(table, scores["greedy"], _WEIGHTS),
+            vs_sampled=preference_rate(table, scores["sampled"], _WEIGHTS),
             helpfulness=statistics.mean(helpfulness(*pair) for pair in pairs),
             harm=statistics.mean(harm(*pair) for pair in pairs),
             malformed=statistics.mean(is_malformed(text) for _, text in pairs),
@@ -129,7 +159,7 @@ class Judge:
     def _answers(self, engine: Engine, **options: Any) -> list[Generation]:
         return engine.generate(self.prompts, self.decoding, **options)
 
-    def _table(self, answers: Sequence[Generation]) -> torch.Tensor:
+    def _scores(self, answers: Sequence[Generation]) -> torch.Tensor:
         """Scores of both models, [2, N]."""
         texts = [answer.text or "" for answer in answers]
         return torch.stack(
@@ -152,17 +182,30 @@ def recipe(**options: Any) -> MaraConfig:
     return MaraConfig.from_dict(values).replace(**options)
 
 
+def _prompts(split: Split, fold: int) -> list[str]:
+    return [instruction.text for instruction in instructions(split=split, fold=fold)]
+
+
 def _model(world: Path | None) -> str:
     return "tiny" if world is None else str(world / "lm")
 
 
-def train(config: MaraConfig, *, world: Path | None = None, lm: Path | None = None) -> MaraAgent:
-    """An agent for the world's language model or another, trained against reward and cost model."""
+def train(
+    config: MaraConfig, *, world: Path | None = None, lm: Path | None = None, fold: int = 0
+) -> MaraAgent:
+    """An agent for the world's language model or another, trained against reward and cost model.
+
+    Args:
+        config: of the training.
+        world: see :class:`Judge`.
+        lm: see :class:`Judge`.
+        fold: see :class:`Judge`.
+    """
     trainer = MaraTrainer(
         _model(world) if lm is None else str(lm),
         reward_models(world),
         config,
-        train_dataset=[instruction.text for instruction in instructions(split="train")],
+        train_dataset=_prompts("train", fold),
     )
     trainer.train()
     return trainer.agent.requires_grad_(False).eval()
@@ -236,12 +279,29 @@ def report(
     for place in range(0, len(answers), max(1, len(answers) // _NUM_SHOWN)):
         prompt = judge.prompts[place]
         lines.append(f"**{prompt}**")
-        for system, answer in (("base, greedy", judge.greedy[place]), ("agent", answers[place])):
+        for system, answer in (
+            ("base, greedy", judge.baseline.greedy[place]),
+            ("agent", answers[place]),
+        ):
             text = answer.text or ""
             scores = f"help {helpfulness(prompt, text):.2f}, harm {harm(prompt, text):.2f}"
             lines.append(f"- {system} ({scores}): {text}")
         lines.append("")
     return "\n".join(lines)
+
+
+def _compare(
+    config: MaraConfig, *, world: Path | None, fold: int, num_controls: int
+) -> tuple[Baseline, dict[str, Judgement]]:
+    """The base model's answers, and judgements of all that is not the agent."""
+    torch.set_num_threads(1)
+    judge = Judge(config, world=world, fold=fold)
+    baseline = judge.baseline
+    found = {"base, greedy": judge.of(baseline.greedy), "base, sampled": judge.of(baseline.sampled)}
+    return baseline, found | {
+        f"untrained, seed {seed}": judge(untrained(config, seed=seed))
+        for seed in range(num_controls)
+    }
 
 
 def main(
@@ -250,27 +310,47 @@ def main(
     world: Annotated[
         Path | None,
         typer.Option(
-            exists=True, file_okay=False, help="Folder with lm, reward and cost; default: embedded."
+            file_okay=False, help="Folder with lm, reward and cost; default: the embedded ones."
         ),
     ] = None,
+    fold: Annotated[
+        int,
+        typer.Option(min=0, max=NUM_FOLDS - 1, help="Fifth of the instructions that is held out."),
+    ] = 0,
+    make_world: Annotated[
+        bool, typer.Option("--make-world", help="Train --world's lm, reward and cost first.")
+    ] = False,
     num_controls: Annotated[int, typer.Option(help="Untrained agents to compare with.")] = 3,
     threads: Annotated[
         int, typer.Option(min=1, help="Of torch; another number may make another agent.")
     ] = 1,
 ) -> None:
     """Train the tiny world's agent, judge it, and write a report beside it."""
+    if world is None and (fold or make_world):
+        raise typer.BadParameter(
+            "--fold and --make-world need a --world; the embedded one is made, and held out fold 0"
+        )
+    if world is not None and make_world:
+        tiny_lm.main(output=world / "lm", seed=seed, fold=fold)
+        reward_training.main(output=world, seed=seed, fold=fold, lm=world / "lm")
+    elif world is not None:
+        missing = [name for name in ("lm", "reward", "cost") if not (world / name).is_dir()]
+        if missing:
+            raise typer.BadParameter(f"--world {world} has no {', '.join(missing)}")
     torch.set_num_threads(threads)
     config = recipe(output_dir=str(output), seed=seed)
-    agent = as_shipped(train(config, world=world)).float()
-    judge = Judge(config, world=world)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
+        # Beside the training, which keeps one core busy.
+        comparing = executor.submit(
+            _compare, config, world=world, fold=fold, num_controls=num_controls
+        )
+        agent = as_shipped(train(config, world=world, fold=fold)).float()
+        baseline, compared = comparing.result()
+    judge = Judge(config, world=world, fold=fold, baseline=baseline)
     answers = judge.answers(agent)
     judgement = judge.of(answers)
     as_shipped(agent, judgement).save_pretrained(output / "agent")
-    found = {
-        "agent": judgement,
-        "base, greedy": judge.of(judge.greedy),
-        "base, sampled": judge.of(judge.sampled),
-    } | {f"untrained, seed {s}": judge(untrained(config, seed=s)) for s in range(num_controls)}
+    found = {"agent": judgement} | compared
     plain = {name: dataclasses.asdict(each) for name, each in found.items()}
     (output / "judgement.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     command = "python -m mara_train.tiny " + " ".join(sys.argv[1:])
