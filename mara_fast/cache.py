@@ -114,6 +114,11 @@ class SlotCache(Cache):
             rows = buffer[self.view.slots]
             rows[slots, :, destination] = rows[slots, :, source]
 
+    def move(self, source: int, destination: int, *, length: int) -> None:
+        """Copies the first ``length`` rows of a slot over those of another."""
+        for buffer in self._buffers():
+            buffer[destination, :, :length] = buffer[source, :, :length]
+
     def swap(self, first: int, second: int, *, length: int) -> None:
         """Exchanges the first ``length`` rows of two slots."""
         for buffer in self._buffers():

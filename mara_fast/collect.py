@@ -60,7 +60,11 @@ def collect(
         seconds: since its first forward.
     """
     num_tokens = int(state.num_tokens) if stopped_after is None else stopped_after
-    tokens = token_traces(state, num_tokens=num_tokens, config=config)
+    tokens = token_traces(
+        state.record[0, :num_tokens].tolist(),
+        state.record_floats[0, :num_tokens].tolist(),
+        config=config,
+    )
     ids = [token.token_id for token in tokens]
     reason: FinishReason = "stop" if stopped_after is not None else _REASONS[int(state.done)]
     text = None
@@ -91,11 +95,15 @@ def collect(
 
 
 def token_traces(
-    state: SlotState, *, num_tokens: int, config: DecodingConfig, start: int = 0
+    records: list[list[int]], floats: list[list[float]], *, config: DecodingConfig
 ) -> tuple[TokenTrace, ...]:
-    """How the tokens ``start`` to ``num_tokens`` of a single slot were chosen."""
-    records = state.record[0, start:num_tokens].tolist()
-    floats = state.record_floats[0, start:num_tokens].tolist()
+    """How tokens were chosen.
+
+    Args:
+        records: rows of :attr:`SlotState.record`.
+        floats: rows of :attr:`SlotState.record_floats`.
+        config: decoding options.
+    """
     traces = []
     for (token_id, size, rank, tried, verdict), (logprob, logit) in zip(
         records, floats, strict=True

@@ -27,6 +27,7 @@ from mara_fast.attention import TreeContext
 from mara_fast.cache import SlotCache
 from mara_fast.config import DecodingConfig
 from mara_fast.language_model import FrozenLM
+from mara_fast.step_graphs import Capture, StepGraphs
 from mara_kernels.attention import NewRows, Tree, chain, siblings
 from mara_kernels.cascade import Held, acceptance_uniforms, cascade, rank_of_tried
 from mara_kernels.truncate import CandidateSet, truncate
@@ -145,10 +146,17 @@ class SlotState:
         self.sequence[slot] = sequence
         self.trace_logits[slot] = torch.nan
 
+    def move(self, source: int, destination: int) -> None:
+        """Copies a slot over another."""
+        for tensor in self.tensors().values():
+            tensor[destination] = tensor[source]
+
     def swap(self, first: int, second: int) -> None:
         """Exchanges two slots."""
         for tensor in self.tensors().values():
-            tensor[[first, second]] = tensor[[second, first]]
+            kept = tensor[first].clone()
+            tensor[first] = tensor[second]
+            tensor[second] = kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +193,7 @@ class Decoder:
         window: candidates per slot and step.
         eos_ids: what ends a sequence.
         host_reads: leave out rows that cannot matter, by reading tensors on the host.
-        observer: is shown every window that an agent scored.
+        capture: replays steps as graphs where nobody observes them; None: all run eagerly.
     """
 
     def __init__(
@@ -199,11 +207,16 @@ class Decoder:
         window: int,
         eos_ids: tuple[int, ...],
         host_reads: bool,
-        observer: Callable[[ScoredWindow], None] | None = None,
+        capture: Capture | None = None,
     ) -> None:
-        self.observer = observer
         self.lm, self.agent, self.config, self.window = lm, agent, config, window
         self.cache, self.host_reads, self.rule = cache, host_reads, config.cascade_rule
+        self.num_slots = num_slots
+        self.graphs: StepGraphs | None = None
+        if capture is not None:
+            self.graphs = StepGraphs(self.step, num_slots=num_slots, capture=capture)
+        self.observer: Callable[[ScoredWindow], None] | None = None
+        """Is shown every window that the agent scored."""
         self.is_plain_greedy = agent is None and config.acceptance == "greedy"
         vocab_size = lm.vocab_size
         top_k = min(config.top_k, vocab_size) if config.top_k else vocab_size
@@ -246,8 +259,24 @@ class Decoder:
         state.hidden.copy_(hidden.gather(1, last)[:, 0])
         self._truncate(slots, state, complete)
 
+    def start(self, observer: Callable[[ScoredWindow], None] | None) -> None:
+        """Prepares a run; all slots are idle."""
+        self.observer = observer
+        if self.agent is not None:
+            self.agent.refresh_scoring()
+            if self.graphs is not None:
+                # What graphs read of the agent is brought up to date by an eager call.
+                self.agent.accept_logit(self.state.hidden[:1])
+
+    def run_step(self, num_decoding: int) -> None:
+        """One window of every decoding slot, as a graph where it can be one."""
+        if self.graphs is None or self.observer is not None:
+            self.step(num_decoding)
+        else:
+            self.graphs.step(num_decoding)
+
     def step(self, num_decoding: int) -> None:
-        """One window of every decoding slot."""
+        """One window of every decoding slot, eagerly."""
         slots = slice(0, num_decoding)
         state = self.state.narrowed(slots)
 
@@ -255,6 +284,8 @@ class Decoder:
         size = torch.where(state.size <= state.candidate_ids.shape[1], state.size, 0)
         window = 1 if self.agent is None else self.window
         if self.host_reads:
+            if not size.any():
+                return
             window = max(1, min(window, int((size - state.offset).max())))
         rank, ids_BW, hidden_BWH, base = self._propose(slots, state, size, window)
         if self.host_reads and window > 1 and hidden_BWH.isnan().any():
@@ -325,6 +356,16 @@ class Decoder:
         while (waiting := self.state.size > self.state.candidate_ids.shape[1]).any():
             capacity = self._wider(capacity)
             self._truncate(slice(None), self.state, waiting, capacity)
+
+    def move(self, source: int, destination: int, *, length: int) -> None:
+        """Copies a slot, with ``length`` rows of its cache, over another."""
+        self.cache.move(source, destination, length=length)
+        self.state.move(source, destination)
+
+    def swap(self, first: int, second: int, *, length: int) -> None:
+        """Exchanges two slots, with ``length`` rows of their caches."""
+        self.cache.swap(first, second, length=length)
+        self.state.swap(first, second)
 
     def _propose(
         self, slots: slice, state: SlotState, size: Tensor, window: int
@@ -449,6 +490,8 @@ class Decoder:
             buffer = getattr(state, name)
             spare = (0, self.columns - buffer.shape[-1])
             setattr(state, name, pad(buffer, spare))
+        if self.graphs is not None:
+            self.graphs.forget()
         return self.columns
 
     def _emit(self, state: SlotState, chosen: Tensor, verdict: Tensor | int) -> None:

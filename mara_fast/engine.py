@@ -1,20 +1,7 @@
-"""Continuous batching: prompts wait in a queue, slots are refilled as sequences end.
-
-    while work is left:
-        free slots take prompts from the queue
-        one chunk of prefill for the slots that still read their prompt
-        one step of decoding for the slots that have read it
-        what ended leaves, and its slot is free
-
-Slots are kept in the order [decoding | prefilling | free], so that every forward works on one
-contiguous range.
-"""
+"""The engine: a model, an agent and a tokenizer, and the ways to ask them for answers."""
 
 import threading
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,13 +9,14 @@ import torch
 
 from mara_fast.agent import MaraAgent
 from mara_fast.cache import SlotCache
-from mara_fast.collect import collect, stop_position
 from mara_fast.config import DecodingConfig
-from mara_fast.decoder import BAD_LOGITS, RUNNING, Decoder, ScoredWindow
+from mara_fast.decoder import Decoder, ScoredWindow
 from mara_fast.language_model import AttentionPath, FrozenLM
 from mara_fast.loading import ModelLike, load_agent, load_model, load_tokenizer
 from mara_fast.outputs import DecodingStats, Generation, TokenEvent
 from mara_fast.prompts import encode_prompts
+from mara_fast.run import Request, Run
+from mara_fast.step_graphs import Capture, CudaCapture
 from mara_fast.streaming import stream_events, stream_to
 from mara_kernels import dispatch
 
@@ -38,20 +26,6 @@ if TYPE_CHECKING:
 
 _LENGTH_STEP = 64
 """Slot lengths are rounded up to this, so that a cache serves several runs."""
-
-
-@dataclass(kw_only=True)
-class Request:
-    """A prompt on its way through the engine."""
-
-    index: int
-    prompt: Any
-    token_ids: list[int]
-    sequence: int
-    num_prefilled: int = 0
-    num_checked: int = 0
-    """Output tokens already searched for stop strings."""
-    started: float = 0.0
 
 
 class Engine:
@@ -72,6 +46,8 @@ class Engine:
         dtype: of a model loaded here; ``"auto"``: float32 on a CPU, else the checkpoint's.
         device: of a model loaded here; ``"auto"``: cuda if there is one.
         attention: ``"auto"``, or one of the paths of :class:`FrozenLM` to force it.
+        cuda_graph: replay the decode step as CUDA graphs; ``"auto"``: where there is CUDA. A step
+            that cannot be captured runs eagerly, and a warning says why.
 
     Raises:
         ValueError: options that are not allowed, an agent that does not fit the model or has NaN
@@ -90,6 +66,7 @@ class Engine:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         attention: AttentionPath = "auto",
+        cuda_graph: bool | Literal["auto"] = "auto",
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -98,6 +75,10 @@ class Engine:
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed; allowed: an integer >= 1")
+        if cuda_graph not in (True, False, "auto"):
+            raise ValueError(
+                f"cuda_graph={cuda_graph!r} is not allowed; allowed: True, False, 'auto'"
+            )
         if not (tokenizer is None or tokenizer is False or hasattr(tokenizer, "decode")):
             raise ValueError(
                 f"tokenizer must be a tokenizer, None or False, got {type(tokenizer).__name__}"
@@ -116,8 +97,9 @@ class Engine:
         if max_length is not None and limit is not None and max_length > limit:
             raise ValueError(f"max_length={max_length} exceeds the model's {limit} positions")
         self.max_length = max_length if max_length is not None else limit
-        self._idle_cache: SlotCache | None = None
-        self._cache_lock = threading.Lock()
+        self._capture = _capture(cuda_graph, self.lm.device)
+        self._idle: Decoder | None = None
+        self._idle_lock = threading.Lock()
 
     def config(self, config: DecodingConfig | None = None, **options: Any) -> DecodingConfig:
         """The options in force: those given, over ``config``, else the agent's own, else ours."""
@@ -153,7 +135,7 @@ class Engine:
         """
         from tqdm.auto import tqdm
 
-        run = self._start(prompts, config, sequence_ids, options)
+        run = self._start(prompts, config, sequence_ids, options, keeps_tokens=streamer is not None)
         results: list[Generation | None] = [None] * len(run.requests)
         if streamer is not None:
             if len(results) != 1:
@@ -183,15 +165,13 @@ class Engine:
             observer: is shown every window that the agent scored, before it is committed; windows
                 of a sequence come in order, with its key in ``state.sequence``.
         """
-        run = self._start(prompts, config, sequence_ids, options)
-        run.observer = observer
-        return iter(run)
+        return iter(self._start(prompts, config, sequence_ids, options, observer=observer))
 
     def stream(
         self, prompt: Any, config: DecodingConfig | None = None, **options: Any
     ) -> Iterator[TokenEvent]:
         """Decodes one prompt, token by token. The texts of the events add up to the result's."""
-        run = self._start(prompt, config, None, options)
+        run = self._start(prompt, config, None, options, keeps_tokens=True)
         if len(run.requests) != 1:
             raise ValueError(f"stream takes one prompt, got {len(run.requests)}")
         return stream_events(run)
@@ -202,7 +182,10 @@ class Engine:
         config: DecodingConfig | None,
         sequence_ids: Sequence[int] | None,
         options: dict[str, Any],
-    ) -> "Run":
+        *,
+        keeps_tokens: bool = False,
+        observer: Callable[[ScoredWindow], None] | None = None,
+    ) -> Run:
         config = self.config(config, **options)
         encoded = self._encode(prompts, config)
         if sequence_ids is None:
@@ -222,7 +205,7 @@ class Engine:
                 zip(encoded, sequence_ids, strict=True)
             )
         ]
-        return Run(self, config, requests)
+        return Run(self, config, requests, keeps_tokens=keeps_tokens, observer=observer)
 
     def check_prompts(self, prompts: Any, config: DecodingConfig | None = None) -> None:
         """Raises what decoding these prompts with these options would, without decoding."""
@@ -265,23 +248,62 @@ class Engine:
             return config.window
         return auto_window(num_slots, examines_all=config.strategy != "first", lm=self.lm)
 
-    def take_cache(self, *, num_slots: int, max_length: int, scratch: int) -> SlotCache:
-        """A cache of at least this size that no other run is using."""
-        with self._cache_lock:
-            cache, self._idle_cache = self._idle_cache, None
-        if (
-            cache is not None
-            and cache.num_slots >= num_slots
-            and cache.max_length >= max_length
-            and cache.scratch >= scratch
-        ):
-            return cache
-        return SlotCache(num_slots=num_slots, max_length=max_length, scratch=scratch)
+    def take_decoder(
+        self,
+        config: DecodingConfig,
+        *,
+        num_requests: int,
+        longest_prompt: int,
+        observer: Callable[[ScoredWindow], None] | None = None,
+    ) -> Decoder:
+        """A decoder that no other run is using, idle and large enough.
 
-    def return_cache(self, cache: SlotCache) -> None:
-        """Keeps a cache for the next run; one is enough."""
-        with self._cache_lock:
-            self._idle_cache = cache
+        Args:
+            config: decoding options.
+            num_requests: prompts of the run.
+            longest_prompt: tokens of the longest.
+            observer: is shown every window that the agent scored.
+        """
+        num_slots = min(self.max_batch_size, num_requests)
+        window = self.window(config, num_slots)
+        max_length = -(-(longest_prompt + config.max_new_tokens) // _LENGTH_STEP) * _LENGTH_STEP
+        scratch = max(window, min(self.prefill_chunk, longest_prompt))
+        with self._idle_lock:
+            decoder, self._idle = self._idle, None
+        cache = None if decoder is None else decoder.cache
+        if (
+            cache is None
+            or cache.num_slots < num_slots
+            or cache.max_length < max_length
+            or cache.scratch < scratch
+        ):
+            # The old one's memory is free before the new one is allocated.
+            decoder = cache = None
+            cache = SlotCache(num_slots=num_slots, max_length=max_length, scratch=scratch)
+        host_reads = _host_reads(self.lm.device)
+        fits = decoder is not None and (
+            (decoder.config, decoder.window, decoder.host_reads) == (config, window, host_reads)
+            and decoder.agent is self.agent
+        )
+        if decoder is None or not fits:
+            decoder = Decoder(
+                self.lm,
+                self.agent,
+                config,
+                num_slots=cache.num_slots,
+                window=window,
+                eos_ids=self.eos_ids(config),
+                host_reads=host_reads,
+                cache=cache,
+                capture=self._capture,
+            )
+        decoder.start(observer)
+        return decoder
+
+    def return_decoder(self, decoder: Decoder) -> None:
+        """Keeps a decoder, all of whose slots are idle, for the next run; one is enough."""
+        with self._idle_lock:
+            self._idle = decoder
 
 
 def auto_window(num_slots: int, *, examines_all: bool, lm: FrozenLM) -> int:
@@ -301,198 +323,14 @@ def auto_window(num_slots: int, *, examines_all: bool, lm: FrozenLM) -> int:
     return 1
 
 
+def _capture(wanted: bool | str, device: torch.device) -> Capture | None:
+    if wanted is False or (wanted == "auto" and device.type != "cuda"):
+        return None
+    if device.type != "cuda":
+        raise ValueError(f"cuda_graph=True needs a CUDA device, the model is on {device}")
+    return CudaCapture(device)
+
+
 def _host_reads(device: torch.device) -> bool:
     """Reading a tensor costs nothing where it is computed."""
     return device.type == "cpu"
-
-
-class Run:
-    """One pass over a list of requests. Iterate it once."""
-
-    def __init__(self, engine: Engine, config: DecodingConfig, requests: list[Request]) -> None:
-        self.engine, self.config, self.requests = engine, config, requests
-        self.decoding: list[Request] = []
-        self.prefilling: list[Request] = []
-        self.decoder: Decoder | None = None
-        self.observer: Callable[[ScoredWindow], None] | None = None
-
-    def __iter__(self) -> Iterator[tuple[int, Generation]]:
-        for finished in self.steps():
-            yield from finished
-
-    def steps(self) -> Iterator[list[tuple[int, Generation]]]:
-        """Runs to the end, yielding after every step what it finished."""
-        if not self.config.max_new_tokens:
-            yield [(request.index, self._empty(request)) for request in self.requests]
-            return
-        if not self.requests:
-            return
-        if self.engine.agent is not None:
-            self.engine.agent.refresh_scoring()
-        self.decoder = self._make_decoder()
-        queue = deque(self.requests)
-        while queue or self.prefilling or self.decoding:
-            yield self._advance(queue)
-        # A run that ends early may leave anything in its cache, and does not hand it on.
-        self.engine.return_cache(self.decoder.cache)
-
-    @torch.inference_mode()
-    def _advance(self, queue: deque[Request]) -> list[tuple[int, Generation]]:
-        """One turn: refill, a chunk of prefill, a step of decoding; what it finished."""
-        assert self.decoder is not None
-        finished = []
-        self._admit(queue)
-        if self.prefilling:
-            self._prefill()
-            finished += self._collect()
-        if self.decoding:
-            self.decoder.step(len(self.decoding))
-            if not self.decoder.host_reads:
-                self.decoder.grow()
-            finished += self._collect()
-        return finished
-
-    def token_ids(self, slot: int, start: int = 0) -> list[int]:
-        """Tokens emitted so far by a decoding slot."""
-        assert self.decoder is not None
-        state = self.decoder.state
-        return state.record[slot, start : int(state.num_tokens[slot]), 0].tolist()
-
-    def _make_decoder(self) -> Decoder:
-        engine, config = self.engine, self.config
-        num_slots = min(engine.max_batch_size, len(self.requests))
-        window = engine.window(config, num_slots)
-        longest = max(len(request.token_ids) for request in self.requests)
-        max_length = -(-(longest + config.max_new_tokens) // _LENGTH_STEP) * _LENGTH_STEP
-        max_chunk = min(engine.prefill_chunk, longest)
-        cache = engine.take_cache(
-            num_slots=num_slots, max_length=max_length, scratch=max(window, max_chunk)
-        )
-        return Decoder(
-            engine.lm,
-            engine.agent,
-            config,
-            num_slots=num_slots,
-            window=window,
-            eos_ids=engine.eos_ids(config),
-            host_reads=_host_reads(engine.lm.device),
-            observer=self.observer,
-            cache=cache,
-        )
-
-    def _admit(self, queue: deque[Request]) -> None:
-        assert self.decoder is not None
-        num_slots = self.decoder.state.size.shape[0]
-        while queue and len(self.decoding) + len(self.prefilling) < num_slots:
-            request = queue.popleft()
-            slot = len(self.decoding) + len(self.prefilling)
-            self.decoder.state.reset(slot, sequence=request.sequence)
-            request.started = time.perf_counter()
-            self.prefilling.append(request)
-
-    def _prefill(self) -> None:
-        """One chunk for all prefilling slots; those at the end of their prompt start to decode."""
-        assert self.decoder is not None
-        chunks = [
-            request.token_ids[request.num_prefilled :][: self.engine.prefill_chunk]
-            for request in self.prefilling
-        ]
-        width = max(map(len, chunks))
-        device = self.engine.lm.device
-        complete = []
-        for request, chunk in zip(self.prefilling, chunks, strict=True):
-            request.num_prefilled += len(chunk)
-            complete.append(request.num_prefilled == len(request.token_ids))
-        first = len(self.decoding)
-        self.decoder.prefill(
-            slice(first, first + len(chunks)),
-            torch.tensor([chunk + chunk[-1:] * (width - len(chunk)) for chunk in chunks]).to(
-                device
-            ),
-            torch.tensor([len(chunk) for chunk in chunks], device=device),
-            torch.tensor(complete, device=device),
-        )
-        for index, is_complete in enumerate(complete):
-            if is_complete:
-                slot = len(self.decoding)
-                self._swap(slot, first + index)
-                request = self.prefilling[index]
-                self.prefilling[index] = self.prefilling[slot - first]
-                self.prefilling[slot - first] = request
-                self.decoding.append(request)
-        self.prefilling = self.prefilling[len(self.decoding) - first :]
-
-    def _collect(self) -> list[tuple[int, Generation]]:
-        """Takes out what ended."""
-        assert self.decoder is not None
-        done = self.decoder.state.done[: len(self.decoding)].tolist()
-        finished = []
-        for slot in reversed(range(len(self.decoding))):
-            request, num_tokens = self.decoding[slot], None
-            if self.config.stop_strings:
-                num_tokens = self._stop(slot, request)
-            if done[slot] == RUNNING and num_tokens is None:
-                continue
-            finished.append((request.index, self._generation(slot, request, num_tokens)))
-            self._free(slot)
-        return finished[::-1]
-
-    def _stop(self, slot: int, request: Request) -> int | None:
-        ids = self.token_ids(slot)
-        num_tokens = stop_position(
-            ids,
-            start=request.num_checked,
-            stop_strings=self.config.stop_strings,
-            tokenizer=self.engine.tokenizer,
-        )
-        request.num_checked = len(ids)
-        return num_tokens
-
-    def _free(self, slot: int) -> None:
-        assert self.decoder is not None
-        state = self.decoder.state
-        if state.done[slot] >= BAD_LOGITS:
-            self.decoder.cache.clear(slot)
-        last_decoding = len(self.decoding) - 1
-        last = last_decoding + len(self.prefilling)
-        self._swap(slot, last_decoding)
-        self._swap(last_decoding, last)
-        self.decoding[slot] = self.decoding[last_decoding]
-        self.decoding.pop()
-        if self.prefilling:
-            self.prefilling.insert(0, self.prefilling.pop())
-        state.size[last] = 0
-
-    def _swap(self, first: int, second: int) -> None:
-        if first == second:
-            return
-        assert self.decoder is not None
-        state = self.decoder.state
-        longest = int(torch.maximum(state.length[first], state.length[second]))
-        # One more row: the best candidate so far lies behind the prefix.
-        self.decoder.cache.swap(first, second, length=longest + 1)
-        state.swap(first, second)
-
-    def _generation(self, slot: int, request: Request, num_tokens: int | None) -> Generation:
-        assert self.decoder is not None
-        return collect(
-            self.decoder.state.narrowed(slice(slot, slot + 1)),
-            prompt=request.prompt,
-            prompt_token_ids=request.token_ids,
-            stopped_after=num_tokens,
-            config=self.config,
-            tokenizer=self.engine.tokenizer,
-            seconds=time.perf_counter() - request.started,
-        )
-
-    def _empty(self, request: Request) -> Generation:
-        return Generation(
-            prompt=request.prompt,
-            prompt_token_ids=request.token_ids,
-            text=None if self.engine.tokenizer is None else "",
-            token_ids=[],
-            finish_reason="length",
-            stats=DecodingStats(),
-            tokens=(),
-            trace=() if self.config.trace else None,
-        )

@@ -11,7 +11,7 @@ from mara_fast.outputs import Generation, TokenEvent, TokenTrace
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer
 
-    from mara_fast.engine import Run
+    from mara_fast.run import Run
 
 
 def stream_events(run: "Run") -> Iterator[TokenEvent]:
@@ -52,18 +52,17 @@ def stream_to(run: "Run", streamer: "BaseStreamer") -> Generation:
 
 def _new_tokens(run: "Run") -> Iterator[tuple[tuple[TokenTrace, ...], Generation | None]]:
     """After every step the tokens it emitted; the result with the last."""
+    (request,) = run.requests
     num_seen = 0
     for finished in run.steps():
         generation = finished[0][1] if finished else None
-        if generation is not None:
-            tokens = generation.tokens[num_seen:]
-        elif run.decoding and run.decoder is not None:
-            state = run.decoder.state.narrowed(slice(0, 1))
-            tokens = token_traces(
-                state, num_tokens=int(state.num_tokens), config=run.config, start=num_seen
+        tokens = (
+            token_traces(
+                request.records[num_seen:], request.record_floats[num_seen:], config=run.config
             )
-        else:
-            tokens = ()
+            if generation is None
+            else generation.tokens[num_seen:]
+        )
         num_seen += len(tokens)
         if tokens or generation is not None:
             yield tokens, generation

@@ -144,7 +144,7 @@ def test_an_engine_grows_with_its_prompts() -> None:
         got = engine.generate(prompts, max_new_tokens=4)
         wanted = [fresh.generate([prompt], max_new_tokens=4)[0] for prompt in prompts]
         assert all(same(a, b) for a, b in zip(got, wanted, strict=True))
-    assert engine._idle_cache is not None
+    assert engine._idle is not None
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_a_stream_left_alone() -> None:
         stream = engine.stream("Tell me a story.", **OPTIONS)
         assert [next(stream).token for _ in range(count)]
         stream.close()
-        assert engine._idle_cache is None or engine._idle_cache.num_slots == 1
+        assert engine._idle is None or engine._idle.num_slots == 1
     assert same(engine.generate("Hi", **OPTIONS)[0], alone("Hi"))
 
 

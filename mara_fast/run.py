@@ -1,0 +1,310 @@
+"""One pass over a list of prompts by continuous batching.
+
+    while work is left:
+        free slots take prompts from the queue
+        one chunk of prefill for the slots that still read their prompt
+        one step of decoding for the slots that have read it
+        what the slots say of themselves is copied to the host
+        what they said a turn ago is looked at: what ended leaves, and its slot is free
+
+Looking a turn late, the host queues the next step while the device works on this one, and makes
+texts of what ended meanwhile. A sequence that has ended idles for that turn. On a CPU nothing is
+gained by waiting, and the host looks at once.
+
+Slots are kept in the order [decoding | prefilling | free], so that every forward works on one
+contiguous range.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mara_fast.collect import collect, stop_position
+from mara_fast.config import DecodingConfig
+from mara_fast.decoder import BAD_LOGITS, RUNNING, Decoder, ScoredWindow, SlotState
+from mara_fast.outputs import DecodingStats, Generation
+from mara_fast.transfer import HostCopy, to_device
+
+if TYPE_CHECKING:
+    from mara_fast.engine import Engine
+
+_RECENT = 4
+"""Tokens of a slot copied every turn, of which it emits two at most: one that was asked for or
+comes with the prompt, and a forced one behind it."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Request:
+    """A prompt on its way through the engine."""
+
+    index: int
+    prompt: Any
+    token_ids: list[int]
+    sequence: int
+    slot: int = -1
+    num_prefilled: int = 0
+    num_steps: int = 0
+    """Steps taken part in; each commits one position at most."""
+    records: list[list[int]] = field(default_factory=list)
+    """Of the tokens the host has seen, if it looks: rows of :attr:`SlotState.record`."""
+    record_floats: list[list[float]] = field(default_factory=list)
+    """Rows of :attr:`SlotState.record_floats`."""
+    num_checked: int = 0
+    """Tokens already searched for stop strings."""
+    has_left: bool = False
+    started: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Snapshot:
+    """What the decoding slots said of themselves after a turn."""
+
+    requests: tuple[Request, ...]
+    """By slot, as they were then."""
+    done: HostCopy
+    """int64 [B]"""
+    num_tokens: HostCopy
+    """int64 [B]"""
+    waits: HostCopy
+    """bool [B], for a wider candidate buffer."""
+    recent: tuple[HostCopy, HostCopy] | None
+    """The last ``_RECENT`` rows of both records, if the host wants tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Leaving:
+    """A sequence that has ended; its results are on their way to the host."""
+
+    request: Request
+    stopped_after: int | None
+    state: dict[str, HostCopy]
+
+
+class Run:
+    """One pass over a list of requests. Iterate it once.
+
+    Args:
+        engine: decodes.
+        config: decoding options.
+        requests: what is decoded.
+        keeps_tokens: the requests shall have their tokens turn by turn, for streaming.
+        observer: is shown every window that the agent scored.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        config: DecodingConfig,
+        requests: list[Request],
+        *,
+        keeps_tokens: bool = False,
+        observer: Callable[[ScoredWindow], None] | None = None,
+    ) -> None:
+        self.engine, self.config, self.requests = engine, config, requests
+        self.keeps_tokens = keeps_tokens or bool(config.stop_strings)
+        self.observer = observer
+        self._queue = deque(requests)
+        self._prefilling: list[Request] = []
+        self._decoding: list[Request] = []
+        self._snapshots: deque[_Snapshot] = deque()
+        self._leaving: deque[_Leaving] = deque()
+
+    def __iter__(self) -> Iterator[tuple[int, Generation]]:
+        for finished in self.steps():
+            yield from finished
+
+    def steps(self) -> Iterator[list[tuple[int, Generation]]]:
+        """Runs to the end, yielding after every turn what it finished."""
+        if not self.config.max_new_tokens:
+            yield [(request.index, self._empty(request)) for request in self.requests]
+            return
+        if not self.requests:
+            return
+        decoder = self.engine.take_decoder(
+            self.config,
+            num_requests=len(self.requests),
+            longest_prompt=max(len(request.token_ids) for request in self.requests),
+            observer=self.observer,
+        )
+        while self._queue or self._prefilling or self._decoding or self._leaving:
+            yield self._turn(decoder)
+        # A run that ends early may leave anything behind, and does not hand it on.
+        self.engine.return_decoder(decoder)
+
+    @torch.inference_mode()
+    def _turn(self, decoder: Decoder) -> list[tuple[int, Generation]]:
+        self._admit(decoder)
+        if self._prefilling:
+            self._prefill(decoder)
+        if self._decoding:
+            decoder.run_step(len(self._decoding))
+            for request in self._decoding:
+                request.num_steps += 1
+            self._snapshots.append(self._snapshot(decoder.state))
+        num_late = 0 if decoder.host_reads or not self._decoding else 1
+        while len(self._snapshots) > num_late:
+            self._look(self._snapshots.popleft(), decoder)
+        return self._arrived()
+
+    def _admit(self, decoder: Decoder) -> None:
+        num_slots = min(self.engine.max_batch_size, len(self.requests))
+        while self._queue and len(self._decoding) + len(self._prefilling) < num_slots:
+            request = self._queue.popleft()
+            request.slot = len(self._decoding) + len(self._prefilling)
+            decoder.state.reset(request.slot, sequence=request.sequence)
+            request.started = time.perf_counter()
+            self._prefilling.append(request)
+
+    def _prefill(self, decoder: Decoder) -> None:
+        """One chunk for all prefilling slots; those at the end of their prompt start to decode."""
+        chunks = [
+            request.token_ids[request.num_prefilled :][: self.engine.prefill_chunk]
+            for request in self._prefilling
+        ]
+        width = max(map(len, chunks))
+        device = self.engine.lm.device
+        complete = []
+        for request, chunk in zip(self._prefilling, chunks, strict=True):
+            request.num_prefilled += len(chunk)
+            complete.append(request.num_prefilled == len(request.token_ids))
+        first = len(self._decoding)
+        decoder.prefill(
+            slice(first, first + len(chunks)),
+            to_device([chunk + chunk[-1:] * (width - len(chunk)) for chunk in chunks], device),
+            to_device([len(chunk) for chunk in chunks], device),
+            to_device(complete, device),
+        )
+        for request, is_complete in zip(list(self._prefilling), complete, strict=True):
+            if is_complete:
+                self._exchange(request, self._prefilling[0], decoder)
+                self._decoding.append(self._prefilling.pop(0))
+
+    def _exchange(self, first: Request, second: Request, decoder: Decoder) -> None:
+        """Exchanges two prefilling requests."""
+        if first is second:
+            return
+        length = max(first.num_prefilled, second.num_prefilled)
+        decoder.swap(first.slot, second.slot, length=length)
+        offset = self._prefilling[0].slot
+        first.slot, second.slot = second.slot, first.slot
+        self._prefilling[first.slot - offset] = first
+        self._prefilling[second.slot - offset] = second
+
+    def _snapshot(self, state: SlotState) -> _Snapshot:
+        slots = slice(0, len(self._decoding))
+        recent = None
+        if self.keeps_tokens:
+            last = state.num_tokens[slots, None] - _RECENT
+            columns = last + torch.arange(_RECENT, device=last.device)
+            columns = columns.clamp(min=0)[:, :, None]
+            recent = (
+                HostCopy(state.record[slots].gather(1, columns.expand(-1, -1, 5))),
+                HostCopy(state.record_floats[slots].gather(1, columns.expand(-1, -1, 2))),
+            )
+        return _Snapshot(
+            requests=tuple(self._decoding),
+            done=HostCopy(state.done[slots]),
+            num_tokens=HostCopy(state.num_tokens[slots]),
+            waits=HostCopy(state.size[slots] > state.candidate_ids.shape[1]),
+            recent=recent,
+        )
+
+    def _look(self, snapshot: _Snapshot, decoder: Decoder) -> None:
+        """Takes out what ended, makes room for what waits for it."""
+        done, num_tokens = snapshot.done.wait().tolist(), snapshot.num_tokens.wait().tolist()
+        recent = snapshot.recent and [part.wait().tolist() for part in snapshot.recent]
+        if snapshot.waits.wait().any():
+            decoder.grow()
+        for slot, request in reversed(list(enumerate(snapshot.requests))):
+            if request.has_left:
+                continue
+            stopped_after = None
+            if recent:
+                num_new = num_tokens[slot] - len(request.records)
+                request.records += recent[0][slot][_RECENT - num_new :]
+                request.record_floats += recent[1][slot][_RECENT - num_new :]
+                stopped_after = self._stop(request)
+            if done[slot] != RUNNING or stopped_after is not None:
+                self._take_out(request, stopped_after, decoder, is_bad=done[slot] >= BAD_LOGITS)
+
+    def _stop(self, request: Request) -> int | None:
+        if not self.config.stop_strings:
+            return None
+        ids = [record[0] for record in request.records]
+        num_tokens = stop_position(
+            ids,
+            start=request.num_checked,
+            stop_strings=self.config.stop_strings,
+            tokenizer=self.engine.tokenizer,
+        )
+        request.num_checked = len(ids)
+        return num_tokens
+
+    def _take_out(
+        self, request: Request, stopped_after: int | None, decoder: Decoder, *, is_bad: bool
+    ) -> None:
+        state = decoder.state.narrowed(slice(request.slot, request.slot + 1))
+        copies = {name: HostCopy(tensor) for name, tensor in state.tensors().items()}
+        self._leaving.append(_Leaving(request=request, stopped_after=stopped_after, state=copies))
+        request.has_left = True
+        if is_bad:
+            decoder.cache.clear(request.slot)
+        # The last decoding slot takes the free one's place, and the last prefilling one its.
+        free, last = request.slot, self._decoding[-1]
+        self._decoding[free] = last
+        self._decoding.pop()
+        free = self._move(last, free, decoder)
+        if self._prefilling:
+            last = self._prefilling.pop()
+            self._prefilling.insert(0, last)
+            free = self._move(last, free, decoder)
+        decoder.state.size[free] = 0
+
+    def _move(self, request: Request, slot: int, decoder: Decoder) -> int:
+        """Moves a request to a free slot; returns the slot that is free now."""
+        free, request.slot = request.slot, slot
+        if free != slot:
+            # One more row: the best candidate so far lies behind the prefix.
+            length = request.num_prefilled + request.num_steps + 1
+            decoder.move(free, slot, length=length)
+        return free
+
+    def _arrived(self) -> list[tuple[int, Generation]]:
+        """Results that have reached the host; all of them if there is nothing else to do."""
+        is_idle = not (self._queue or self._prefilling or self._decoding)
+        finished = []
+        while self._leaving:
+            leaving = self._leaving[0]
+            if not is_idle and not all(copy.is_ready for copy in leaving.state.values()):
+                break
+            self._leaving.popleft()
+            finished.append((leaving.request.index, self._generation(leaving)))
+        return finished
+
+    def _generation(self, leaving: _Leaving) -> Generation:
+        request = leaving.request
+        return collect(
+            SlotState(**{name: copy.wait() for name, copy in leaving.state.items()}),
+            prompt=request.prompt,
+            prompt_token_ids=request.token_ids,
+            stopped_after=leaving.stopped_after,
+            config=self.config,
+            tokenizer=self.engine.tokenizer,
+            seconds=time.perf_counter() - request.started,
+        )
+
+    def _empty(self, request: Request) -> Generation:
+        return Generation(
+            prompt=request.prompt,
+            prompt_token_ids=request.token_ids,
+            text=None if self.engine.tokenizer is None else "",
+            token_ids=[],
+            finish_reason="length",
+            stats=DecodingStats(),
+            tokens=(),
+            trace=() if self.config.trace else None,
+        )

@@ -1,0 +1,77 @@
+"""The decode step as CUDA graphs: captured once per number of slots, replayed without Python.
+
+    bucket = the next power of two >= the slots that decode     (idle slots change nothing)
+    first step of a bucket   runs eagerly, which also loads and compiles what it needs
+    second                   is captured, then replayed
+    later ones               are replayed
+
+All graphs share one memory pool: only one runs at a time. A step that cannot be captured (a model
+that reads tensors on the host, say) is run eagerly from then on, and a warning says why.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+Replay = Callable[[], None]
+Capture = Callable[[Callable[[], None]], Replay]
+"""Makes what a call does, without doing it, into something that can be replayed."""
+
+_logger = logging.getLogger(__name__)
+
+
+class CudaCapture:
+    """Captures CUDA graphs into one pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, call: Callable[[], None]) -> Replay:
+        """The call as a graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
+            call()
+        return graph.replay
+
+
+class StepGraphs:
+    """Runs steps by replaying graphs of them.
+
+    Args:
+        step: takes the number of slots; device-only, writes to tensors that stay where they are.
+        num_slots: most slots of a step.
+        capture: how a step becomes a graph.
+    """
+
+    def __init__(self, step: Callable[[int], None], *, num_slots: int, capture: Capture) -> None:
+        self._step, self._num_slots, self._capture = step, num_slots, capture
+        self._seen: set[int] = set()
+        self._graphs: dict[int, Replay] = {}
+        self.failure: str | None = None
+        """Why steps run eagerly; None: they do not."""
+
+    def step(self, num_decoding: int) -> None:
+        """A step of at least so many slots; those behind them must be idle."""
+        bucket = min(self._num_slots, 1 << (num_decoding - 1).bit_length())
+        if self.failure is None and bucket in self._seen and bucket not in self._graphs:
+            try:
+                self._graphs[bucket] = self._capture(lambda: self._step(bucket))
+            except RuntimeError as error:
+                self.failure = str(error).strip().partition("\n")[0] or type(error).__name__
+                self._graphs.clear()
+                _logger.warning(
+                    "the decode step runs without a CUDA graph, it cannot be captured: %s",
+                    self.failure,
+                )
+        if bucket in self._graphs:
+            self._graphs[bucket]()
+            return
+        self._seen.add(bucket)
+        self._step(bucket if self.failure is None else num_decoding)
+
+    def forget(self) -> None:
+        """Drops the graphs: tensors that they read or write have moved."""
+        self._graphs.clear()
+        self._seen.clear()
