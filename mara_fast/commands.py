@@ -41,8 +41,13 @@ def clear_errors() -> Iterator[None]:
     except (typer.Exit, typer.Abort, BrokenPipeError):
         # The first two are RuntimeErrors; after the third nobody listens.
         raise
-    except (ValueError, OSError, RuntimeError) as error:
-        typer.secho(f"mara-fast: {error}", fg="red", err=True)
+    except Exception as error:
+        notes = getattr(error, "__notes__", ())
+        # An error of a user's function has a note that says so; any other kind is our mistake.
+        if not notes and not isinstance(error, ValueError | OSError | RuntimeError):
+            raise
+        text = f"{type(error).__name__}: {error}" if notes else str(error)
+        typer.secho("\n  ".join((f"mara-fast: {text}", *notes)), fg="red", err=True)
         raise typer.Exit(2) from error
 
 

@@ -245,7 +245,8 @@ class Engine:
     def window(self, config: DecodingConfig, num_slots: int) -> int:
         """Candidates per slot and forward."""
         if config.window != "auto":
-            return config.window
+            # No set is larger than the vocabulary.
+            return min(config.window, self.lm.vocab_size)
         return auto_window(num_slots, examines_all=config.strategy != "first", lm=self.lm)
 
     def take_decoder(

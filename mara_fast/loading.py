@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -55,7 +57,17 @@ def load_model(
 
         lm, _ = tiny.load(dtype=torch.float32 if kind == "auto" else kind)
         return lm.to(place)
-    return AutoModelForCausalLM.from_pretrained(model, dtype=kind).to(place).eval()
+    with named("model", model):
+        return AutoModelForCausalLM.from_pretrained(model, dtype=kind).to(place).eval()
+
+
+@contextmanager
+def named(kind: str, source: "str | os.PathLike[str]") -> Iterator[None]:
+    """Errors of transformers about a folder or hub id say which it was."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"{kind} {os.fspath(source)!r}: {error}") from error
 
 
 def load_tokenizer(model: ModelLike) -> "PreTrainedTokenizerBase | None":

@@ -8,6 +8,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+TOO_MANY = 2**50
+"""Beyond any count of tokens, episodes or rows."""
+
 
 def known_options(record: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, if all are fields of the dataclass; else a ValueError naming the closest."""
@@ -33,6 +36,14 @@ def from_yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):
         """PyYAML's, with other floats."""
 
+    def unique(loader: Loader, node: yaml.MappingNode) -> Any:
+        names = [loader.construct_object(key) for key, _ in node.value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name} is given twice")
+        return loader.construct_mapping(node, deep=True)
+
+    Loader.add_constructor("tag:yaml.org,2002:map", unique)
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -50,8 +61,10 @@ def is_int(value: object) -> bool:
 
 
 def is_number(value: object) -> bool:
-    """A finite number that is no bool."""
-    return is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    """A number that is no bool, and finite as a float."""
+    if isinstance(value, int):
+        return is_int(value) and abs(value) < 10**300
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def plain(value: Any) -> Any:
@@ -79,9 +92,22 @@ def check(
     above: float = -math.inf,
     below: float = math.inf,
 ) -> None:
-    """Raises a ValueError unless the value is of its kind and within its bounds."""
+    """Raises a ValueError unless the value is of its kind and within its bounds.
+
+    No count reaches :data:`TOO_MANY`, so integers without a bound of their own have to be below.
+    """
+    if is_kind is is_int and maximum == below == math.inf and is_int(value) and value >= TOO_MANY:
+        raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}, below 2**50")
     if not is_kind(value) or not (minimum <= value <= maximum and above < value < below):
         raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}")
+
+
+def make_floats(record: Any) -> None:
+    """Gives the fields annotated as floats floats: integers have a range of their own."""
+    for name, hint in get_type_hints(type(record)).items():
+        value = getattr(record, name)
+        if float in (hint, *get_args(hint)) and is_int(value) and is_number(value):
+            object.__setattr__(record, name, float(value))
 
 
 def check_choices(record: Any) -> None:

@@ -33,7 +33,9 @@ class Tape(TorchDispatchMode):
         for argument, value in zip(func._schema.arguments, args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 self._keep(value)
-        inputs = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        inputs = {
+            _storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)
+        }
         outputs = func(*args, **kwargs)
         # Whether reshape and its like copy depends on the strides, so the schema does not say.
         fresh = [out for out in tree_leaves(outputs) if isinstance(out, Tensor)]

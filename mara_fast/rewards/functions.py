@@ -10,8 +10,10 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Coroutine
+import traceback
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,9 +65,14 @@ def call_functions(
     Raises:
         ValueError: a function gives another number of values, or a value that is neither a finite
             number nor None.
+        Exception: what a function raises, with a note that names it.
     """
     waited = {name: f for name, f in functions.items() if _is_async(f)}
-    values = {name: f(**arguments) for name, f in functions.items() if name not in waited}
+    values = {}
+    for name, function in functions.items():
+        if name not in waited:
+            with _failure_named(name):
+                values[name] = function(**arguments)
     if waited:
         values.update(zip(waited, _run(_gather(waited, arguments)), strict=True))
     return {name: _column(values[name], name, num_samples) for name in functions}
@@ -77,7 +84,22 @@ def _is_async(function: RewardFunction) -> bool:
 
 
 async def _gather(functions: dict[str, RewardFunction], arguments: dict[str, Any]) -> list[Any]:
-    return await asyncio.gather(*(function(**arguments) for function in functions.values()))
+    async def call(name: str, function: RewardFunction) -> Any:
+        with _failure_named(name):
+            return await function(**arguments)
+
+    return await asyncio.gather(*(call(name, function) for name, function in functions.items()))
+
+
+@contextmanager
+def _failure_named(name: str) -> Iterator[None]:
+    """Adds to a function's own error which function it was, and where."""
+    try:
+        yield
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        error.add_note(f"raised by reward function {name} ({place.filename}, line {place.lineno})")
+        raise
 
 
 def _run(coroutine: Coroutine[Any, Any, list[Any]]) -> list[Any]:

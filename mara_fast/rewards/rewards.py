@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mara_fast.loading import named
 from mara_fast.rewards.functions import call_functions, check_signature, function_name
 from mara_fast.rewards.reward_model import RewardModel
 from mara_fast.rewards.samples import check_samples
@@ -98,9 +99,10 @@ class Rewards:
         self._rewards: dict[str, Any] = {}
         for func, tokenizer in zip(funcs, tokenizers, strict=True):
             if _is_path(func):
-                reward: Any = RewardModel.from_pretrained(
-                    func, tokenizer, max_length=max_length, dtype=dtype, device=device
-                )
+                with named("reward", func):
+                    reward: Any = RewardModel.from_pretrained(
+                        func, tokenizer, max_length=max_length, dtype=dtype, device=device
+                    )
             elif _is_model(func) and not isinstance(func, RewardModel):
                 reward = RewardModel(func, tokenizer, max_length=max_length)
             else:

@@ -19,13 +19,14 @@ import typer
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from mara_fast.commands import clear_errors
 from mara_fast.tiny.corpus import answer_labels, documents, encode
+from mara_fast.tiny.grammar import NUM_FOLDS
 from mara_fast.tiny.tokenizer import MAX_LENGTH, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-DEFAULT_OUTPUT = Path(__file__).parent / "assets" / "lm"
 # Written by transformers, and of no use to a reader of the files.
 _DROPPED_KEYS = ("_name_or_path", "name_or_path", "transformers_version", "tokenizer_file")
 
@@ -194,13 +195,17 @@ def _fit(
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
+@clear_errors()
 def main(
-    output: Annotated[Path, typer.Option(help="Folder to write.")] = DEFAULT_OUTPUT,
-    seed: Annotated[int, typer.Option(help="Seeds the corpus and the weights.")] = 0,
-    fold: Annotated[int, typer.Option(help="Fifth of the instructions to hold out.")] = 0,
-    max_steps: Annotated[int | None, typer.Option(help="Stop early, for a trial.")] = None,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder to write.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seeds the corpus and the weights.")] = 0,
+    fold: Annotated[
+        int, typer.Option(min=0, max=NUM_FOLDS - 1, help="Fifth of the instructions to hold out.")
+    ] = 0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop early, for a trial.")] = None,
 ) -> None:
     """Train the tiny LM and its tokenizer, and write both as one folder."""
+    output.mkdir(parents=True, exist_ok=True)
     model, tokenizer = train(TinyConfig(seed=seed, fold=fold, max_steps=max_steps))
     save(model, tokenizer, directory=output)
 

@@ -25,10 +25,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mara_fast.commands import clear_errors
 from mara_fast.tiny import LM_PATH
-from mara_fast.tiny.grammar import instructions
+from mara_fast.tiny.grammar import NUM_FOLDS, instructions
 from mara_fast.tiny.reward_models import (
-    DEFAULT_OUTPUT,
     costliness,
     encode_chats,
     last_states,
@@ -343,17 +343,26 @@ def _train_and_save(
     save(model, tokenizer, directory=output / name)
 
 
+@clear_errors()
 def main(
-    output: Annotated[Path, typer.Option(help="Folder to write both into.")] = DEFAULT_OUTPUT,
-    seed: Annotated[int, typer.Option(help="Seeds answers, groups and weights.")] = 0,
-    fold: Annotated[int, typer.Option(help="Fifth of the instructions to hold out.")] = 0,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder to write both into.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seeds answers, groups and weights.")] = 0,
+    fold: Annotated[
+        int, typer.Option(min=0, max=NUM_FOLDS - 1, help="Fifth of the instructions to hold out.")
+    ] = 0,
     lm: Annotated[
         Path, typer.Option(exists=True, file_okay=False, help="Folder of the tiny LM.")
     ] = LM_PATH,
-    max_steps: Annotated[int | None, typer.Option(help="Stop early, for a trial.")] = None,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop early, for a trial.")] = None,
 ) -> None:
     """Train the reward model and the cost model of the tiny LM, and write a folder for each."""
+    if not (lm / "config.json").is_file():
+        raise FileNotFoundError(f"--lm {lm} holds no model: it has no config.json")
+    output.mkdir(parents=True, exist_ok=True)
     config = RewardModelConfig(seed=seed, fold=fold, max_steps=max_steps)
+    if max_steps is not None:
+        needed = max(16, max_steps * config.batch_size)
+        config = replace(config, num_instructions=min(config.num_instructions, needed))
     # Side by side: a model this small gains little from a second thread.
     each = replace(config, num_threads=max(1, config.num_threads // 2))
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as executor:

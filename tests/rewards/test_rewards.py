@@ -262,8 +262,9 @@ def test_errors_of_async_functions_are_theirs() -> None:
         raise KeyError("mine")
 
     start = time.perf_counter()
-    with pytest.raises(KeyError, match="mine"):
+    with pytest.raises(KeyError, match="mine") as caught:
         Rewards([broken, slow_length]).score(PROMPTS, COMPLETIONS)
+    assert "raised by reward function broken (" in caught.value.__notes__[0]
     assert time.perf_counter() - start < 5
 
 

@@ -29,6 +29,7 @@ from mara_train import MaraConfig, cli
 from mara_train.plots import PLOT_NAME
 from mara_train.recipe import RECIPE_NAME, Recipe, load_rewards, load_rows, read_options
 from mara_train.report import read_metrics
+from mara_train.run_folder import fingerprint
 from naming import stable_id
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +161,22 @@ def test_a_recipe_there_and_back(folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("unloaded")
+def test_nothing_of_the_users_is_overwritten(folder: Path) -> None:
+    own = folder / "own"
+    own.mkdir()
+    text = "# mine\nmodel: tiny\nrewards: rewards_of_a_test:helpful\ntrain_dataset: tiny\n"
+    (own / RECIPE_NAME).write_text(text + "output_dir: own\n")
+    assert "own/run.yaml is there already and has other options" in fails("-c", own / RECIPE_NAME)
+    assert (own / RECIPE_NAME).read_text().startswith("# mine")
+    (folder / "out/agent").mkdir(parents=True)
+    message = fails(*NEEDED, "-o", "out", "-a", "out/agent")
+    assert "out holds an agent already (out/agent): give another output_dir" in message
+    (folder / "file").write_text("")
+    for place in ("file", "file/below"):
+        assert "/file is no folder" in fails(*NEEDED, "-o", folder / place)
+
+
+@pytest.mark.usefixtures("unloaded")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -190,6 +207,18 @@ def test_a_recipe_there_and_back(folder: Path) -> None:
         ((*NEEDED, "-r", "rewards_of_a_test:no"), "cannot be imported: module 'rewards_of_a_test'"),
         ((*NEEDED, "-r", "a b:c"), "reward 'a b:c' cannot be imported"),
         ((*NEEDED, "-r", "rewards_of_a_test:NUMBER"), "'rewards_of_a_test:NUMBER' is a int, not a"),
+        (
+            (*NEEDED, "-r", "rewards_of_a_test"),
+            "names no function; expected rewards_of_a_test:func",
+        ),
+        ((*NEEDED, "-r", "rewards_of_a_test.py"), "expected rewards_of_a_test:function"),
+        ((*NEEDED, "-r", "/no/model"), "reward '/no/model': there is no such folder"),
+        ((*NEEDED, "batch_size=2000000"), "batch_size=2000000 exceeds replay.capacity=1000000"),
+        ((*NEEDED, "episodes_per_step=99999999999999999999"), "an integer >= 1, below 2**50"),
+        ((*NEEDED, "num_collectors=5000"), "allowed: an integer from 0 to 1024"),
+        ((*NEEDED, "decoding.top_k=1"), "decoding.top_k=1 leaves the agent nothing to decide"),
+        ((*NEEDED, "decoding.max_new_tokens=0"), "leaves the agent nothing to decide"),
+        ((*NEEDED, "reward_weights=[0]"), "allowed: one that is not 0"),
         ((*NEEDED, "-a", "/no/agent"), "no agent folder at /no/agent"),
         ((*NEEDED, "report_to=notebook"), "report_to: 'notebook' is not known"),
     ],
@@ -241,6 +270,7 @@ def test_usage_errors(arguments: tuple[str, ...]) -> None:
 def test_rewards() -> None:
     sys.path.append(os.getcwd())
     Path("a:b").mkdir()
+    Path("folder").mkdir()
     specs = ("org/model", "./folder", "rewards_of_a_test:Rules.short", "a:b")
     model, path, function, strange = load_rewards(specs)
     assert (model, path, strange) == ("org/model", "./folder", "a:b")
@@ -309,15 +339,30 @@ def test_a_run_and_its_continuation(folder: Path) -> None:
 
     # Another run does not overwrite it.
     message = fails(*NEEDED, *SMALL, "-o", "out")
-    assert "out holds checkpoints of an earlier run: --resume it, or give another" in message
+    assert "out holds checkpoints of an earlier run: resume it (--resume), or give" in message
 
     # The recipe in the folder is all that is needed to go on.
     resumed = run("-c", out / RECIPE_NAME, "--resume", "num_episodes=8")
     assert resumed.exit_code == OK, resumed.output
     assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4]
     assert yaml.safe_load((out / RECIPE_NAME).read_text())["num_episodes"] == 8
-    other = run("-c", out / RECIPE_NAME, "--resume", "seed=1")
-    assert other.exit_code == FAILED and "is of another run" in other.stderr
+    # What is refused leaves everything as it was.
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    Path("others.jsonl").write_text('{"prompt": "How do I bake bread?"}\n')
+    for arguments, complaint in (
+        (("seed=1",), "is of another run; what differs: seed (0 there, 1 here)"),
+        (("sac.gamma=0.9",), "what differs: sac.gamma (0.0 there, 0.9 here)"),
+        (("--train-data", "others.jsonl"), "what differs: train_dataset ("),
+        (("-r", "rewards_of_a_test:harmful"), "a resumed run goes on with what it has"),
+        (("-a", "out/agent"), "agent='out/agent' differs from None in out/run.yaml"),
+        (
+            ("learning_rate_schedule=linear", "num_episodes=9"),
+            "can change only without schedules",
+        ),
+    ):
+        other = run("-c", out / RECIPE_NAME, "--resume", *arguments)
+        assert other.exit_code == FAILED and complaint in other.stderr, other.stderr
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
     # An agent is trained further.
     again = run(*NEEDED, *SMALL[1:], "num_episodes=2", "-a", "out/agent", "-o", "again")
@@ -338,8 +383,10 @@ def test_what_the_trainer_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
         def __init__(self, model: str, rewards: list, config: MaraConfig, **options: Any) -> None:
             given.update(model=model, rewards=rewards, config=config, **options)
 
-        def train(self, resume_from_checkpoint: bool) -> None:
-            given["resume"] = resume_from_checkpoint
+        def load_checkpoint(self, path: Path) -> None:
+            given["resumed"] = path
+
+        def train(self) -> None:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(mara_train.trainer, "MaraTrainer", Trainer)
@@ -351,14 +398,18 @@ def test_what_the_trainer_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, answer = "How do I bake bread?", "Here is a simple way to bake bread."
     assert reward([asked], [answer]) == [helpfulness(asked, answer)]
     assert given["config"] == MaraConfig(seed=4, output_dir="out dir")
-    assert given["resume"] is False and given["agent"] is given["eval_dataset"] is None
+    assert "resumed" not in given and given["agent"] is given["eval_dataset"] is None
     assert len(given["train_dataset"]) == len(instructions(split="train"))
 
     checkpoint = Path("out dir") / "checkpoint-3"
     checkpoint.mkdir(parents=True)
-    (checkpoint / "trainer_state.json").write_text("{}")
+    state = {
+        "config": given["config"].to_dict(),
+        "train_dataset": fingerprint(given["train_dataset"]),
+    }
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     result = run("-c", Path("out dir") / RECIPE_NAME, "--resume")
-    assert result.exit_code == INTERRUPTED and given["resume"] is True
+    assert result.exit_code == INTERRUPTED and given["resumed"] == checkpoint
     command = f"mara-fast train --config 'out dir/{RECIPE_NAME}' --resume"
     assert f"the newest checkpoint is {checkpoint}; go on with\n  {command}" in result.stderr
     assert shlex.split(command)[3] == str(Path("out dir") / RECIPE_NAME)

@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def test_nothing_to_draw(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str | None
 ) -> None:
     pytest.importorskip("matplotlib")
+    caplog.set_level(logging.INFO, "mara_train")
     if content is not None:
         (tmp_path / METRICS_NAME).write_text(content)
     assert plot_run(tmp_path) is None

@@ -9,9 +9,11 @@ checkpoint-N/
 
 import json
 import os
+import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,15 @@ def write(folder: Path, step: int, fill: Callable[[Path], None], *, keep: int | 
     for leftover in folder.glob(".partial-checkpoint-*"):
         shutil.rmtree(leftover)
     partial.mkdir(parents=True)
-    fill(partial)
+    try:
+        fill(partial)
+    # torch says with a RuntimeError that it could not write.
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            f"{target} could not be written: {error} ({free / 1e6:.1f} MB are free there); what "
+            "was complete before still is"
+        ) from error
     # What a machine loses when it fails must not be inside a folder that looks complete.
     for path in (*partial.rglob("*"), partial):
         _sync(path)
@@ -85,13 +95,39 @@ def find(folder: Path, wanted: bool | str | os.PathLike) -> Path:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """``trainer_state.json`` of a checkpoint."""
-    return json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
+    """``trainer_state.json`` of a checkpoint.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with _damage_named(path / STATE_NAME):
+        state = json.loads((path / STATE_NAME).read_text(encoding="utf-8"))
+        if not isinstance(state, dict):
+            raise ValueError("it holds no object")
+        return state
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Tensors and plain values; nothing in the file is executed."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Tensors and plain values; nothing in the file is executed.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with _damage_named(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Errors name the file, and the checkpoint to go on from instead."""
+    try:
+        yield
+    except (ValueError, OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        folder = path.parent
+        older = [one for one in checkpoints(folder.parent) if step_of(one) < step_of(folder)]
+        instead = f"remove {folder} to go on from {older[-1].name}" if older else "none is older"
+        what = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path} is damaged ({what}); {instead}") from error
 
 
 def _sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -103,6 +104,8 @@ def train(
     with clear_errors():
         from mara_train.recipe import Recipe, read_options
 
+        # As Ctrl-C: what is there is kept, and the way to go on is said.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         recipe = Recipe.from_dict(read_options(config_path, assignments or (), flags))
         folder = Path(recipe.config.output_dir)
         try:
@@ -119,21 +122,29 @@ def _run(recipe: "Recipe", folder: Path, *, resume: bool) -> None:
     from mara_train.prompts import PromptSet
     from mara_train.recipe import load_rewards, load_rows
     from mara_train.report import check_trackers
+    from mara_train.run_folder import (
+        check_continues,
+        check_place,
+        check_unused,
+        fingerprint,
+        locked,
+    )
 
-    if resume:
-        checkpoint.find(folder, True)
-    elif checkpoint.checkpoints(folder):
-        raise FileExistsError(
-            f"{folder} holds checkpoints of an earlier run: --resume it, or give another --output"
-        )
+    check_place(folder)
+    newest = checkpoint.find(folder, True) if resume else None
+    if newest is None:
+        check_unused(folder)
+    recipe.check_beside(folder, resume=resume)
     check_trackers(recipe.config.report_to)
     data = {
         name: load_rows(spec, name=name)
         for name in ("train_dataset", "eval_dataset")
         if (spec := getattr(recipe, name)) is not None
     }
-    for name, rows in data.items():
-        PromptSet(rows, name=name)
+    prompts = {name: PromptSet(rows, name=name) for name, rows in data.items()}
+    if newest is not None:
+        facts = {"train_dataset": fingerprint(prompts["train_dataset"].rows)}
+        check_continues(newest, checkpoint.read_state(newest), recipe.config, facts)
     # A console script does not look for modules in the current folder by itself.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
@@ -154,8 +165,11 @@ def _run(recipe: "Recipe", folder: Path, *, resume: bool) -> None:
         train_dataset=data["train_dataset"],
         eval_dataset=data.get("eval_dataset"),
     )
-    recipe.write(folder)
-    trainer.train(resume_from_checkpoint=resume)
+    if newest is not None:
+        trainer.load_checkpoint(newest)
+    with locked(folder):
+        recipe.write(folder)
+    trainer.train()
 
 
 def _how_to_go_on(ctx: typer.Context, folder: Path) -> str:

@@ -15,6 +15,7 @@ from mara_fast.options import (
     is_int,
     is_number,
     known_options,
+    make_floats,
     plain,
     several,
 )
@@ -157,12 +158,7 @@ class MaraConfig:
         options = known_options(type(self), options)
         for name in SECTIONS.keys() & options.keys():
             if isinstance(options[name], Mapping):
-                own = getattr(self, name)
-                given = {key: plain(value) for key, value in options[name].items()}
-                try:
-                    options[name] = dataclasses.replace(own, **known_options(type(own), given))
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from error
+                options[name] = _in_part(name, getattr(self, name), options[name])
         return dataclasses.replace(self, **options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -193,8 +189,16 @@ class MaraConfig:
         for name in ("eval_steps", "save_steps", "save_total_limit"):
             if getattr(self, name) is not None:
                 check(name, getattr(self, name), is_int, "an integer >= 1 or None", minimum=1)
-        for name in ("learning_starts", "completions_per_log", "num_collectors"):
+        for name in ("learning_starts", "completions_per_log"):
             check(name, getattr(self, name), is_int, "an integer >= 0", minimum=0)
+        check(
+            "num_collectors",
+            self.num_collectors,
+            is_int,
+            "an integer from 0 to 1024",
+            minimum=0,
+            maximum=1024,
+        )
         check("seed", self.seed, is_int, "an integer in [0, 2**63)", minimum=0, below=2**63)
         check(
             "updates_per_episode", self.updates_per_episode, is_number, "a number >= 0", minimum=0
@@ -208,16 +212,28 @@ class MaraConfig:
                 f"inner_size={self.inner_size!r} is not allowed; allowed: multiples of 4"
             )
         for name, kind in SECTIONS.items():
+            if isinstance(getattr(self, name), Mapping):
+                own = type(self).__dataclass_fields__[name]
+                whole = own.default if own.default is not dataclasses.MISSING else kind()
+                object.__setattr__(self, name, _in_part(name, whole, getattr(self, name)))
             if not isinstance(getattr(self, name), kind):
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is not allowed; allowed: a {kind.__name__} "
                     "or a mapping of its options"
                 )
-        if self.learning_starts > self.replay.capacity:
-            raise ValueError(
-                f"learning_starts={self.learning_starts} exceeds replay.capacity="
-                f"{self.replay.capacity}: learning would never start"
-            )
+        for name in ("learning_starts", "batch_size"):
+            if getattr(self, name) > self.replay.capacity:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} exceeds replay.capacity={self.replay.capacity}: "
+                    "learning would never start"
+                )
+        for name, least in (("max_new_tokens", 1), ("top_k", 2)):
+            value = getattr(self.decoding, name)
+            if value < least and not (name == "top_k" and value == 0):
+                raise ValueError(
+                    f"decoding.{name}={value} leaves the agent nothing to decide; allowed: at "
+                    f"least {least}"
+                )
         if isinstance(self.output_dir, os.PathLike):
             object.__setattr__(self, "output_dir", os.fspath(self.output_dir))
         for name in ("output_dir", "run_name"):
@@ -228,6 +244,10 @@ class MaraConfig:
             weights = tuple(map(plain, several(self.reward_weights, numbers.Real)))
             for weight in weights:
                 check("reward_weights", weight, is_number, "a list of finite numbers")
+            if weights and not any(weights):
+                raise ValueError(
+                    f"reward_weights={list(weights)} is not allowed; allowed: one that is not 0"
+                )
             object.__setattr__(self, "reward_weights", weights)
         names = () if self.report_to is None else several(self.report_to, str)
         if not all(map(_is_text, names)):
@@ -235,6 +255,16 @@ class MaraConfig:
                 f"report_to={self.report_to!r} is not allowed; allowed: a list of names"
             )
         object.__setattr__(self, "report_to", names)
+        make_floats(self)
+
+
+def _in_part(name: str, section: Any, options: Mapping[str, Any]) -> Any:
+    """A section with some of its options changed."""
+    given = {key: plain(value) for key, value in options.items()}
+    try:
+        return dataclasses.replace(section, **known_options(type(section), given))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _is_text(value: object) -> bool:

@@ -56,7 +56,7 @@ def plot_run(folder: str | os.PathLike) -> Path | None:
     known = set().union(*lines)
     panels = [(title, names) for title, names in _PANELS if known & names.keys()]
     if not panels:
-        logger.warning("no plot of %s: it has no metrics yet", folder)
+        logger.info("no plot of %s: it has no metrics yet", folder)
         return None
     num_rows = -(-len(panels) // _NUM_COLUMNS)
     figure = Figure(figsize=(4.4 * _NUM_COLUMNS, 3.2 * num_rows), layout="constrained")

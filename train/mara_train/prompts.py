@@ -27,6 +27,7 @@ class PromptSet:
     def __init__(self, rows: Iterable[Any], *, name: str = "train_dataset") -> None:
         if isinstance(rows, str | Mapping) or not isinstance(rows, Iterable):
             raise ValueError(f"{name} must be a data set or a list of rows, got {rows!r}")
+        self.name = name
         self.rows = [row if isinstance(row, Mapping) else {"prompt": row} for row in rows]
         self._order: tuple[str, list[int]] = "", []
         """Name and order of the pass that was asked for last."""

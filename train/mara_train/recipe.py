@@ -6,6 +6,7 @@ config  = the preset with them
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,13 +74,46 @@ class Recipe:
 
     def write(self, folder: Path) -> Path:
         """Writes it out in full, so that it can be resumed from there."""
-        own = {name: getattr(self, name) for name in _own_names()}
-        own["rewards"] = list(self.rewards)
-        text = yaml.safe_dump(own | self.config.to_dict(), sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(self._plain(), sort_keys=False, allow_unicode=True)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / RECIPE_NAME
         path.write_text(text, encoding="utf-8")
         return path
+
+    def check_beside(self, folder: Path, *, resume: bool) -> None:
+        """Whether this run and the recipe in its folder, if there is one, are the same.
+
+        Raises:
+            FileExistsError: a new run would write over another recipe.
+            ValueError: a resumed run has another model, agent or rewards.
+        """
+        path = folder / RECIPE_NAME
+        if not path.exists():
+            return
+        try:
+            theirs = from_yaml(path.read_text(encoding="utf-8"))
+        except ValueError:
+            theirs = None
+        mine = self._plain()
+        if not resume:
+            if theirs != mine:
+                raise FileExistsError(
+                    f"{path} is there already and has other options, and this run would write over "
+                    "it: rename it, or give another --output"
+                )
+            return
+        theirs = theirs if isinstance(theirs, dict) else {}
+        for name in ("model", "agent", "rewards"):
+            if name in theirs and theirs[name] != mine[name]:
+                raise ValueError(
+                    f"{name}={mine[name]!r} differs from {theirs[name]!r} in {path}: a resumed run "
+                    "goes on with what it has"
+                )
+
+    def _plain(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in _own_names()}
+        own["rewards"] = list(self.rewards)
+        return own | self.config.to_dict()
 
 
 _NEEDED = {"model": "--model", "rewards": "--reward", "train_dataset": "--train-data"}
@@ -133,14 +167,26 @@ def load_rewards(specs: Sequence[str]) -> list[Any]:
     """
     rewards: list[Any] = []
     for spec in specs:
-        if ":" not in spec or os.path.exists(spec):
+        if os.path.exists(spec) and not spec.endswith(".py"):
+            rewards.append(spec)
+            continue
+        if ":" not in spec:
+            if spec.endswith(".py") or _is_module(spec):
+                module = spec.removesuffix(".py").replace(os.sep, ".")
+                raise ValueError(f"reward {spec!r} names no function; expected {module}:function")
+            if spec.startswith((".", "~", os.sep)):
+                raise FileNotFoundError(f"reward {spec!r}: there is no such folder")
             rewards.append(spec)
             continue
         try:
             function = pkgutil.resolve_name(spec)
-        except (ImportError, AttributeError, ValueError) as error:
+        # It is somebody else's code: whatever is wrong with it is said.
+        except Exception as error:
+            what = str(error)
+            if not isinstance(error, ImportError | AttributeError | ValueError):
+                what = f"{type(error).__name__}: {error}"
             raise ValueError(
-                f"reward {spec!r} cannot be imported: {error}; expected module:function"
+                f"reward {spec!r} cannot be imported: {what}; expected module:function"
             ) from error
         if not callable(function):
             raise ValueError(f"reward {spec!r} is a {type(function).__name__}, not a function")
@@ -169,6 +215,10 @@ def load_rows(spec: str, *, name: str) -> list[dict[str, Any]]:
     if not records:
         raise ValueError(f"{name}: {spec} holds no prompts")
     return [{"prompt": record.prompt, **record.columns} for record in records]
+
+
+def _is_module(name: str) -> bool:
+    return name.isidentifier() and importlib.util.find_spec(name) is not None
 
 
 def _own_names() -> list[str]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mara_fast.agent import MaraAgent
-from mara_fast.options import check, check_choices, is_int, is_number
+from mara_fast.options import check, check_choices, is_int, is_number, make_floats
 from mara_train.critic import TwinCritic
 
 _WARM_STEPS = 3
@@ -70,6 +70,7 @@ class SacConfig:
             check(name, getattr(self, name), is_number, "a number > 0", above=0)
         check("target_interval", self.target_interval, is_int, "an integer >= 1", minimum=1)
         check("target_entropy", self.target_entropy, is_number, "a number of nats")
+        make_floats(self)
 
 
 class Batch(NamedTuple):

@@ -26,6 +26,7 @@ import typer
 import yaml
 
 from mara_fast.agent import MaraAgent
+from mara_fast.commands import clear_errors
 from mara_fast.engine import Engine
 from mara_fast.outputs import DecodingStats, Generation
 from mara_fast.rewards import RewardModel
@@ -36,6 +37,7 @@ from mara_fast.tiny.reward_models import DEFAULT_OUTPUT, load_reward_models
 from mara_fast.tiny.rules import harm, helpfulness, is_malformed
 from mara_train.config import MaraConfig
 from mara_train.preference import preference_rate
+from mara_train.run_folder import check_place, check_unused
 from mara_train.trainer import MaraTrainer
 
 RECIPE = Path(str(files("mara_train"))) / "recipes/tiny.yaml"
@@ -304,9 +306,10 @@ def _compare(
     }
 
 
+@clear_errors()
 def main(
-    output: Annotated[Path, typer.Option(help="Folder of the run.")],
-    seed: Annotated[int, typer.Option(help="Of everything.")] = 0,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Folder of the run.")],
+    seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
     world: Annotated[
         Path | None,
         typer.Option(
@@ -320,17 +323,23 @@ def main(
     make_world: Annotated[
         bool, typer.Option("--make-world", help="Train --world's lm, reward and cost first.")
     ] = False,
-    num_controls: Annotated[int, typer.Option(help="Untrained agents to compare with.")] = 3,
+    num_controls: Annotated[int, typer.Option(min=0, help="Untrained agents to compare with.")] = 3,
     threads: Annotated[
         int, typer.Option(min=1, help="Of torch; another number may make another agent.")
     ] = 1,
 ) -> None:
     """Train the tiny world's agent, judge it, and write a report beside it."""
+    config = recipe(output_dir=str(output), seed=seed)
+    check_place(output)
+    check_unused(output)
     if world is None and (fold or make_world):
         raise typer.BadParameter(
             "--fold and --make-world need a --world; the embedded one is made, and held out fold 0"
         )
     if world is not None and make_world:
+        made = [name for name in ("lm", "reward", "cost") if (world / name).exists()]
+        if made:
+            raise typer.BadParameter(f"--world {world} has {', '.join(made)} already")
         tiny_lm.main(output=world / "lm", seed=seed, fold=fold)
         reward_training.main(output=world, seed=seed, fold=fold, lm=world / "lm")
     elif world is not None:
@@ -338,7 +347,6 @@ def main(
         if missing:
             raise typer.BadParameter(f"--world {world} has no {', '.join(missing)}")
     torch.set_num_threads(threads)
-    config = recipe(output_dir=str(output), seed=seed)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as executor:
         # Beside the training, which keeps one core busy.
         comparing = executor.submit(

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mara_fast.options import check, check_choices, is_number
+from mara_fast.options import check, check_choices, is_number, make_floats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ class TokenRewardConfig:
         )
         gamma = self.postback_gamma
         check("postback_gamma", gamma, is_number, "a number in [0, 1]", minimum=0, maximum=1)
+        make_floats(self)
 
     @property
     def needs_whole_set(self) -> bool:

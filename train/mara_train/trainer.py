@@ -39,6 +39,14 @@ from mara_train.ray_collector import RayCollector
 from mara_train.replay import DTYPES, Replay
 from mara_train.report import Report
 from mara_train.rollout import Rollout
+from mara_train.run_folder import (
+    AGENT_NAME,
+    check_continues,
+    check_place,
+    check_unused,
+    fingerprint,
+    locked,
+)
 from mara_train.sac import METRICS, Sac
 from mara_train.token_rewards import with_final_reward
 
@@ -53,22 +61,6 @@ _LARGEST = 1e8
 """Losses and values beyond this have exploded."""
 _LEAST_RATE = 0.02
 """Of the learning rates, at the end of a linear schedule."""
-# Of a resumed run; others may change what was computed so far.
-_FREE_OPTIONS = frozenset(
-    {
-        "output_dir",
-        "num_collectors",
-        "num_episodes",
-        "logging_steps",
-        "eval_steps",
-        "save_steps",
-        "save_total_limit",
-        "completions_per_log",
-        "report_to",
-        "run_name",
-    }
-)
-
 # Decoding options that are a matter of the run, and not of the agent that comes out.
 _RUN_OPTIONS = frozenset({"max_new_tokens", "min_new_tokens", "seed", "window", "trace"})
 
@@ -116,6 +108,10 @@ class MaraTrainer:
         if not isinstance(args, MaraConfig):
             raise ValueError(f"args must be a MaraConfig, got {type(args).__name__}")
         self.args, self.folder = args, Path(args.output_dir)
+        check_place(self.folder)
+        if agent is not None and not isinstance(agent, MaraAgent):
+            raise ValueError(f"agent must be a MaraAgent or None, got {type(agent).__name__}")
+        self.callbacks = _callbacks(callbacks)
         self.train_prompts = PromptSet(train_dataset)
         self.eval_prompts = None
         if eval_dataset is not None:
@@ -129,7 +125,10 @@ class MaraTrainer:
         if self.base.tokenizer is None:
             raise ValueError(f"{model!r} brings no tokenizer: give it as processing_class")
         for prompts in filter(None, (self.train_prompts, self.eval_prompts)):
-            self.base.check_prompts([row["prompt"] for row in prompts.rows], args.decoding)
+            try:
+                self.base.check_prompts([row["prompt"] for row in prompts.rows], args.decoding)
+            except ValueError as error:
+                raise ValueError(f"{prompts.name}: {error}") from error
             self.rewards.check_columns(columns_of(prompts.rows[:1]))
         self.agent = self._agent(agent, model)
         self.engine = Engine(
@@ -160,7 +159,6 @@ class MaraTrainer:
         self.generator = torch.Generator().manual_seed(args.seed)
         self.step, self.num_episodes = 0, 0
         self._saved_at: Path | None = None
-        self.callbacks = tuple(callbacks)
         self.state, self.control = TrainerState(), TrainerControl()
 
     def train(
@@ -176,16 +174,23 @@ class MaraTrainer:
 
         Raises:
             FileNotFoundError: there is no checkpoint to resume from.
-            FileExistsError: ``output_dir`` holds checkpoints, and none is resumed.
+            FileExistsError: ``output_dir`` holds checkpoints or an agent, and none is resumed.
+            BlockingIOError: another run is writing to ``output_dir``.
             TrainingDivergedError: naming what exploded; the last checkpoint stays.
         """
-        if resume_from_checkpoint:
-            self.load_checkpoint(checkpoint.find(self.folder, resume_from_checkpoint))
-        elif checkpoint.checkpoints(self.folder):
-            raise FileExistsError(
-                f"{self.folder} holds checkpoints of an earlier run: resume it, or give another "
-                "output_dir"
+        if not isinstance(resume_from_checkpoint, bool | str | os.PathLike | None):
+            raise ValueError(
+                f"resume_from_checkpoint={resume_from_checkpoint!r} is not allowed; allowed: a "
+                "bool or the path of a checkpoint"
             )
+        with locked(self.folder):
+            if resume_from_checkpoint:
+                self.load_checkpoint(checkpoint.find(self.folder, resume_from_checkpoint))
+            elif not self._saved_at:
+                check_unused(self.folder)
+            return self._train()
+
+    def _train(self) -> dict[str, float]:
         report = Report(
             self.folder,
             resumed_at=self.step,
@@ -204,7 +209,15 @@ class MaraTrainer:
                     metrics = self._train_step(report, bar)
             if self.step == self.args.num_steps and self.args.save_steps is None:
                 self.save_checkpoint()
-            self.save_model(self.folder / "agent")
+            self.save_model(self.folder / AGENT_NAME)
+            if not self.sac.num_steps:
+                logger.warning(
+                    "the agent has learned nothing: no gradient step was taken (%s transitions, "
+                    "learning_starts=%s, updates_per_episode=%s)",
+                    len(self.replay),
+                    self.args.learning_starts,
+                    self.args.updates_per_episode,
+                )
             self._notify("on_train_end")
         finally:
             self.collector.close()
@@ -371,11 +384,9 @@ class MaraTrainer:
                 "step": self.step,
                 "num_episodes": self.num_episodes,
                 "reward_scales": self.objective.scales,
-                "rewards": self.rewards.names,
-                "num_prompts": len(self.train_prompts),
                 "log_history": self.state.log_history,
                 "config": self.args.to_dict(),
-            }
+            } | self._facts()
             text = json.dumps(state, indent=1) + "\n"
             (folder / checkpoint.STATE_NAME).write_text(text, encoding="utf-8")
 
@@ -391,29 +402,7 @@ class MaraTrainer:
             ValueError: it is of a run with other options, prompts or rewards.
         """
         state = checkpoint.read_state(path)
-        mine, theirs = self.args.to_dict(), state["config"]
-        # Schedules are a matter of the whole run.
-        is_scheduled = (
-            self.args.learning_rate_schedule != "constant"
-            or self.args.final_target_entropy is not None
-        )
-        free = _FREE_OPTIONS - ({"num_episodes"} if is_scheduled else set())
-        differing = sorted(
-            name
-            for name in mine.keys() | theirs.keys()
-            if name not in free and mine.get(name) != theirs.get(name)
-        )
-        facts = {"rewards": self.rewards.names, "num_prompts": len(self.train_prompts)}
-        differing += [name for name, value in facts.items() if state[name] != value]
-        if differing:
-            raise ValueError(
-                f"{path} is of another run; what differs: "
-                + ", ".join(
-                    f"{n} ({theirs.get(n, state.get(n))!r} there, {mine.get(n, facts.get(n))!r} "
-                    "here)"
-                    for n in differing
-                )
-            )
+        check_continues(path, state, self.args, self._facts())
         learner = checkpoint.load(path / "learner.pt")
         self.generator.set_state(learner.pop("generator"))
         self.sac.load_state_dict(learner)
@@ -423,6 +412,13 @@ class MaraTrainer:
         self.objective.scales = state["reward_scales"]
         self.state.log_history = state["log_history"]
         self._saved_at = path
+
+    def _facts(self) -> dict[str, Any]:
+        """What a resumed run must share, beside its options."""
+        return {
+            "rewards": self.rewards.names,
+            "train_dataset": fingerprint(self.train_prompts.rows),
+        }
 
     def _collector(self, model: Any, tokenizer: Any, dtype: torch.dtype) -> Collector:
         args = self.args
@@ -464,3 +460,15 @@ class MaraTrainer:
         }
         agent.config = dataclasses.replace(agent.config, **described)
         return agent
+
+
+def _callbacks(callbacks: Any) -> tuple[Any, ...]:
+    from transformers import TrainerCallback
+
+    found = tuple(callbacks) if isinstance(callbacks, Sequence) else (callbacks,)
+    for callback in found:
+        if not isinstance(callback, TrainerCallback):
+            what = callback.__name__ if isinstance(callback, type) else type(callback).__name__
+            kind = "the class" if isinstance(callback, type) else "a"
+            raise ValueError(f"callbacks must be TrainerCallback objects, got {kind} {what}")
+    return found
