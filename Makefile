@@ -38,7 +38,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types unit slow gpu interpreted compiled gpu-tests gpu-memory \
-        gpu-bench reproduce-tiny tables bench format clean
+        gpu-bench reproduce-tiny tables folds bench format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -103,6 +103,10 @@ reproduce-tiny: $(DEV) ## retrain the tiny world (LM, reward and cost model, age
 
 tables: $(DEV) ## the paper's Tables 3 and 5 in the tiny world: trains agents, judges and plots them
 	@$(PATHS) $(RUN) benchmarks/tiny_tables.py --output $(RESULTS)/tiny_tables.json
+
+folds: $(DEV) ## the tiny world anew for every fold of its instructions that nobody looked at
+	@$(PATHS) $(RUN) benchmarks/tiny_folds.py --folder $(TINY)-folds \
+	  --output $(RESULTS)/tiny_folds.json
 
 bench: $(USE) ## measure decoding and training on this machine against the authors' schemes
 	@$(PATHS) $(RUN) benchmarks/decode_speed.py

@@ -61,15 +61,16 @@ def main(
 def _print(
     judgements: dict[int, dict[str, dict[str, float]]], medians: dict[str, dict[str, float]]
 ) -> None:
-    table = Table(title="held-out instructions of folds that the recipe was not chosen on")
-    rows = [*((f"fold {fold}", found) for fold, found in judgements.items()), ("median", medians)]
-    names = list(medians["agent"])
-    for name in ("", "system", *names):
-        table.add_column(name, justify="left" if name in ("", "system") else "right")
-    for title, found in rows:
-        for system in SYSTEMS:
-            table.add_row(title, system, *(f"{found[system][name]:.3f}" for name in names))
-    Console().print(table)
+    console = Console()
+    for system in SYSTEMS:
+        table = Table(title=f"{system}, held-out instructions by fold", title_justify="left")
+        table.add_column("")
+        for title in (*map(str, judgements), "median"):
+            table.add_column(title, justify="right")
+        for name, median in medians[system].items():
+            values = [found[system][name] for found in judgements.values()]
+            table.add_row(name, *(f"{value:.3f}" for value in (*values, median)))
+        console.print(table)
 
 
 if __name__ == "__main__":
