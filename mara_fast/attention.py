@@ -3,9 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from mara_kernels.attention import NewRows, candidate_attention
+from mara_kernels.attention import NewRows, Tree, candidate_attention
 
 ATTENTION_NAME = "mara_candidate"
 """transformers gives names with "flash", "sdpa", "flex", "paged" or "/" a meaning of their own."""
@@ -57,17 +58,75 @@ def mara_attention(
         )
     if mara_context.windows_seen is not None:
         mara_context.windows_seen[getattr(module, "layer_idx", -1)] = sliding_window
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    rows = mara_context.rows
+    if torch.compiler.is_compiling() and query.device.type in _OPAQUE_ON:
+        output = opaque_attention(
+            query,
+            key,
+            value,
+            rows.lengths,
+            rows.tree.ancestors,
+            rows.tree.depths,
+            rows.tree.kind,
+            rows.base,
+            scale,
+            sliding_window,
+            softcap,
+            s_aux,
+        )
+    else:
+        output = candidate_attention(
+            query,
+            key,
+            value,
+            rows,
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=s_aux,
+        )
+    return output.transpose(1, 2).contiguous(), None
+
+
+_OPAQUE_ON = {"cuda"}
+"""Where a compiler must not look inside: our kernels choose their launches in Python."""
+
+
+@torch.library.custom_op("mara_fast::candidate_attention", mutates_args=())
+def opaque_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    ancestors: Tensor,
+    depths: Tensor,
+    kind: str,
+    base: int,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """:func:`candidate_attention` as one operator of torch; arguments as there."""
+    shape = Tree(kind=kind, ancestors=ancestors, depths=depths)  # type: ignore[arg-type]
     output = candidate_attention(
         query,
         key,
         value,
-        mara_context.rows,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        NewRows(lengths=lengths, tree=shape, base=base),
+        scale=scale,
         sliding_window=sliding_window,
         softcap=softcap,
-        sinks=s_aux,
+        sinks=sinks,
     )
-    return output.transpose(1, 2).contiguous(), None
+    # What an operator promises of its strides has to hold for every body.
+    return output.contiguous()
+
+
+@opaque_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 def register_attention() -> None:

@@ -48,6 +48,9 @@ class Engine:
         attention: ``"auto"``, or one of the paths of :class:`FrozenLM` to force it.
         cuda_graph: replay the decode step as CUDA graphs; ``"auto"``: where there is CUDA. A step
             that cannot be captured runs eagerly, and a warning says why.
+        compile: compile the language model's decode steps with ``torch.compile``, each shape into
+            one graph; takes a minute or more per shape at first. True: by inductor; or the name of
+            another backend. Rounding may differ from that of the uncompiled model.
 
     Raises:
         ValueError: options that are not allowed, an agent that does not fit the model or has NaN
@@ -67,6 +70,7 @@ class Engine:
         device: str | torch.device = "auto",
         attention: AttentionPath = "auto",
         cuda_graph: bool | Literal["auto"] = "auto",
+        compile: bool | str = False,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -79,6 +83,13 @@ class Engine:
             raise ValueError(
                 f"cuda_graph={cuda_graph!r} is not allowed; allowed: True, False, 'auto'"
             )
+        if not isinstance(compile, bool):
+            import torch._dynamo as dynamo
+
+            if compile not in (known := dynamo.list_backends(exclude_tags=())):
+                raise ValueError(
+                    f"compile={compile!r} is not allowed; allowed: True, False, {', '.join(known)}"
+                )
         if not (tokenizer is None or tokenizer is False or hasattr(tokenizer, "decode")):
             raise ValueError(
                 f"tokenizer must be a tokenizer, None or False, got {type(tokenizer).__name__}"
@@ -90,7 +101,8 @@ class Engine:
         if tokenizer is None:
             tokenizer = load_tokenizer(model)
         self.tokenizer = tokenizer or None
-        self.lm = FrozenLM(loaded, attention=attention)
+        backend = ("inductor" if compile is True else compile) or None
+        self.lm = FrozenLM(loaded, attention=attention, compile=backend)
         self.agent = load_agent(agent, model=model, lm=self.lm)
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
         limit = self.lm.max_positions
@@ -281,7 +293,8 @@ class Engine:
             # The old one's memory is free before the new one is allocated.
             decoder = cache = None
             cache = SlotCache(num_slots=num_slots, max_length=max_length, scratch=scratch)
-        host_reads = _host_reads(self.lm.device)
+        # Compiled steps have static shapes.
+        host_reads = not self.lm.is_compiled and _host_reads(self.lm.device)
         fits = decoder is not None and (
             (decoder.config, decoder.window, decoder.host_reads) == (config, window, host_reads)
             and decoder.agent is self.agent

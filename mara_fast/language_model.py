@@ -31,6 +31,7 @@ from mara_kernels.attention import NewRows, chain, siblings
 AttentionPath = Literal["auto", "candidate", "stock"]
 ATTENTION_PATHS = ("auto", "candidate", "stock")
 
+_MOST_GRAPHS = 256
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _COUPLED_ROPES = {"dynamic", "longrope"}
 
@@ -46,6 +47,8 @@ class FrozenLM:
         model: a loaded causal LM; put in eval mode.
         attention: ``"candidate"``: our attention function. ``"stock"``: the model's own sdpa or
             eager attention over explicit masks, slower. ``"auto"``: the first, where it is exact.
+        compile: backend of ``torch.compile`` for the body's decode steps, which become one graph
+            per shape; None: they run as they are.
 
     Raises:
         UnsupportedModelError: naming the architecture and the reason.
@@ -54,7 +57,13 @@ class FrozenLM:
     # Which attention runs is an entry of the model's config, which several engines may share.
     _one_forward = threading.Lock()
 
-    def __init__(self, model: PreTrainedModel, *, attention: AttentionPath = "auto") -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        attention: AttentionPath = "auto",
+        compile: str | None = None,
+    ) -> None:
         if attention not in ATTENTION_PATHS:
             raise ValueError(
                 f"attention={attention!r} is not known; allowed: {', '.join(ATTENTION_PATHS)}"
@@ -66,9 +75,19 @@ class FrozenLM:
         self._head = self._headless_copy()
         self._injected: TreeContext | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._step_body: Any = self.body
         self._refuse_by_config()
         register_attention()
         self.attention = self._choose_attention(attention)
+        if compile is not None:
+            self._step_body = torch.compile(
+                self.body, fullgraph=True, dynamic=False, backend=compile
+            )
+
+    @property
+    def is_compiled(self) -> bool:
+        """Decode steps are."""
+        return self._step_body is not self.body
 
     @property
     def device(self) -> torch.device:
@@ -120,15 +139,31 @@ class FrozenLM:
                 extra[CONTEXT_KEYWORD] = context
         else:
             mask = self._explicit_masks(context)
+        inputs = {
+            "input_ids": ids_BT,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": cache,
+            "use_cache": True,
+            **extra,
+        }
         with self._our_attention(context):
-            return self.body(
-                input_ids=ids_BT,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                **extra,
-            ).last_hidden_state
+            if self.is_compiled and context.rows.tree.kind == "siblings":
+                return self._compiled_step(inputs)
+            return self.body(**inputs).last_hidden_state
+
+    def _compiled_step(self, inputs: dict[str, Any]) -> Tensor:
+        from torch._dynamo.exc import TorchDynamoException
+
+        try:
+            # A graph for every number of slots and window, and a head room for several engines.
+            with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+                return self._step_body(**inputs).last_hidden_state
+        except TorchDynamoException as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise UnsupportedModelError(
+                f"{self.name} cannot be compiled: {reason}; use compile=False"
+            ) from error
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Next-token logits [N, V] of hidden states, by the model's own tail."""

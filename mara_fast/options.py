@@ -8,9 +8,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-TOO_MANY = 2**50
-"""Beyond any count of tokens, episodes or rows."""
-
 
 def known_options(record: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options, if all are fields of the dataclass; else a ValueError naming the closest."""
@@ -92,12 +89,7 @@ def check(
     above: float = -math.inf,
     below: float = math.inf,
 ) -> None:
-    """Raises a ValueError unless the value is of its kind and within its bounds.
-
-    No count reaches :data:`TOO_MANY`, so integers without a bound of their own have to be below.
-    """
-    if is_kind is is_int and maximum == below == math.inf and is_int(value) and value >= TOO_MANY:
-        raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}, below 2**50")
+    """Raises a ValueError unless the value is of its kind and within its bounds."""
     if not is_kind(value) or not (minimum <= value <= maximum and above < value < below):
         raise ValueError(f"{name}={value!r} is not allowed; allowed: {allowed}")
 

@@ -185,12 +185,12 @@ class MaraConfig:
             "max_batch_size",
             "logging_steps",
         ):
-            check(name, getattr(self, name), is_int, "an integer >= 1", minimum=1)
+            _check_count(name, getattr(self, name), minimum=1)
         for name in ("eval_steps", "save_steps", "save_total_limit"):
             if getattr(self, name) is not None:
-                check(name, getattr(self, name), is_int, "an integer >= 1 or None", minimum=1)
+                _check_count(name, getattr(self, name), minimum=1, otherwise=" or None")
         for name in ("learning_starts", "completions_per_log"):
-            check(name, getattr(self, name), is_int, "an integer >= 0", minimum=0)
+            _check_count(name, getattr(self, name), minimum=0)
         check(
             "num_collectors",
             self.num_collectors,
@@ -256,6 +256,12 @@ class MaraConfig:
             )
         object.__setattr__(self, "report_to", names)
         make_floats(self)
+
+
+def _check_count(name: str, value: Any, *, minimum: int, otherwise: str = "") -> None:
+    # Beyond any count, and short of what torch's integers hold.
+    allowed = f"an integer >= {minimum}{otherwise}, below 2**50"
+    check(name, value, is_int, allowed, minimum=minimum, below=2**50)
 
 
 def _in_part(name: str, section: Any, options: Mapping[str, Any]) -> Any:
