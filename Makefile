@@ -109,7 +109,7 @@ folds: $(DEV) ## the tiny world anew for every fold of its instructions that nob
 	  --output $(RESULTS)/tiny_folds.json
 
 bench: $(USE) ## measure decoding and training on this machine against the authors' schemes
-	@$(PATHS) $(RUN) benchmarks/decode_speed.py
+	@$(CLI) bench --targets --output-json $(RESULTS)/bench.json
 	@$(PATHS) $(RUN) benchmarks/training_speed.py
 
 format: $(DEV) ## let ruff fix and format the code

@@ -17,12 +17,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from authors_cascade import SerialModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from mara_fast import MaraAgent
+from mara_fast.bench.authors_cascade import SerialModel
 from mara_train.sac import SacConfig
 
 

@@ -39,12 +39,12 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-import run_facts
 import torch
 import transformers
 from kernel_cases import SUITES, Build, Case, Version
 from kernel_report import Row, header, is_faulty, line_of, remarks_on, summary, targets
 
+from mara_fast.bench import facts
 from mara_kernels import dispatch
 
 GRAPH_MS, MOST_ROUNDS = 1.0, 64
@@ -206,11 +206,11 @@ def environment(device: torch.device, commit: str | None) -> Row:
     return {
         "command": "python " + " ".join(sys.argv),
         "date": date.today().isoformat(),
-        "commit": commit or run_facts.commit(),
+        "commit": commit or facts.commit(),
         "hardware": f"{properties.name}, {properties.multi_processor_count} multiprocessors, "
         f"{properties.total_memory / 1e9:.0f} GB, L2 {properties.L2_cache_size / 1e6:.0f} MB",
         "versions": {
-            "driver": run_facts.output_of(
+            "driver": facts.output_of(
                 "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
             ),
             "python": platform.python_version(),

@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from run_facts import cpu_facts
 
+from mara_fast.bench.facts import cpu_facts
 from mara_fast.tiny.grammar import NUM_FOLDS
 
 SYSTEMS = ("agent", "base, greedy", "base, sampled", "untrained, seed 0")

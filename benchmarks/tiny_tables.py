@@ -27,10 +27,10 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
-from run_facts import cpu_facts
 from torch import Tensor, nn
 
 from mara_fast import MaraAgent
+from mara_fast.bench.facts import cpu_facts
 from mara_fast.tiny import LM_PATH, lm
 from mara_fast.tiny.grammar import instructions
 from mara_train.tiny import Judge, recipe, train

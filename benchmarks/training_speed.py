@@ -30,15 +30,15 @@ from typing import Annotated, Any
 import torch
 import typer
 from authors_training import Critic, Learner, Transition, explore
-from decode_speed import VOCAB_SIZE, calibrate, make_model
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from run_facts import cpu_facts
 from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from mara_fast import Engine, MaraAgent
+from mara_fast.bench.facts import cpu_facts
+from mara_fast.bench.model import VOCAB_SIZE, calibrate, random_llama
 from mara_train.config import MaraConfig
 from mara_train.replay import Replay, ReplayConfig
 from mara_train.rollout import Rollout
@@ -256,7 +256,7 @@ def main(
     # Their scheme draws from it.
     random.seed(0)
     console = Console()
-    model = make_model(hidden_size=hidden_size, num_layers=num_layers)
+    model = random_llama(hidden_size=hidden_size, num_layers=num_layers)
     generator = torch.Generator().manual_seed(1)
     size = (num_prompts, prompt_length)
     prompts = torch.randint(VOCAB_SIZE, size, generator=generator).tolist()

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 GROUP = "mara_fast.commands"
-COMPANIONS = {"train": "mara_train.cli"}
+COMPANIONS = {"bench": "mara_fast.bench.cli", "train": "mara_train.cli"}
 """Commands of our own distribution, and the modules that run without an installation."""
 
 

@@ -1,6 +1,7 @@
 """Where, when, with what and by which command figures were made."""
 
 import platform
+import shlex
 import subprocess
 import sys
 from datetime import date
@@ -8,15 +9,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import mara_fast
 
 
 def cpu_facts(threads: int, *packages: str) -> dict[str, Any]:
     """The head of a report of figures of this machine's CPU, in float32."""
+    return facts(f"{_cpu_name()}, {threads} threads, float32", *packages)
+
+
+def facts_of(device: torch.device, dtype: torch.dtype, *packages: str) -> dict[str, Any]:
+    """The head of a report of figures of a device."""
+    kind = str(dtype).removeprefix("torch.")
+    if device.type == "cpu":
+        return facts(f"{_cpu_name()}, {torch.get_num_threads()} threads, {kind}", *packages)
+    name = torch.cuda.get_device_name(device)
+    return facts(f"{name}, CUDA {torch.version.cuda}, {kind}", "triton", *packages)
+
+
+def facts(hardware: str, *packages: str) -> dict[str, Any]:
+    """The head of any report."""
     return {
-        "command": "python " + " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "date": date.today().isoformat(),
-        "hardware": f"{_cpu_name()}, {threads} threads, float32",
+        "hardware": hardware,
         "versions": {"mara-fast": mara_fast.__version__}
         | {name: version(name) for name in ("torch", *packages)},
         "commit": commit(),

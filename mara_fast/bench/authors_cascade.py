@@ -36,7 +36,7 @@ class SerialModel:
         """Logits [1, V] and state [1, H] behind these tokens."""
         self.num_forwards += 1
         output = self.model(
-            input_ids=torch.tensor([ids]),
+            input_ids=torch.tensor([ids], device=self.model.device),
             past_key_values=self.cache,
             use_cache=True,
             output_hidden_states=True,

@@ -1,0 +1,151 @@
+"""``mara-fast bench``: systems that decode what they should, figures, targets, mistakes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from mara_fast import DecodingStats
+from mara_fast.bench import measure, report, targets
+from mara_fast.bench.cli import app
+from mara_fast.bench.model import SHAPES, calibrate, random_llama
+from mara_fast.bench.run import BenchConfig
+from mara_fast.bench.systems import CASCADE, OUR_PLAIN, OURS, SYSTEMS, TRANSFORMERS
+
+NANO = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "vocab_size": 500,
+}
+OPTIONS = (
+    *("--model", "nano", "--batch-sizes", "1,3", "--input-len", "9", "--output-len", "6"),
+    *("--num-iters", "1", "--num-prompts", "3", "--device", "cpu"),
+)
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "nano", NANO)
+
+
+def run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "300", "TERM": "dumb"})
+
+
+def test_a_run(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    result = run(*OPTIONS, "--targets", "--output-json", str(tmp_path / "new/bench.json"))
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = json.loads((tmp_path / "new/bench.json").read_text())
+    assert (tmp_path / "new/bench.png").stat().st_size > 10_000
+    assert [batch["batch_size"] for batch in found["batches"]] == [1, 3]
+    assert found["hardware"].endswith("float32") and found["command"] and found["date"]
+    for batch in found["batches"]:
+        assert set(batch["tokens_per_s"]) == set(SYSTEMS) - {"plain, transformers static + compile"}
+        assert set(batch["equal_answers_frac"].values()) == {1.0}
+        assert sum(batch["time_by_part"].values()) == pytest.approx(1)
+        assert all(0 < share < 1 for share in batch["time_by_part"].values())
+        rates = {name: rate["median"] for name, rate in batch["tokens_per_s"].items()}
+        assert batch["ratios"]["MARA / plain, ours"] == rates[OURS] / rates[OUR_PLAIN]
+        assert batch["ratios"]["plain, ours / roofline"] == (
+            rates[OUR_PLAIN] / batch["roofline"]["plain_tokens_per_s"]
+        )
+        profile = batch["profile"]
+        assert batch["ratios"][targets.LIMIT] == 1 / profile["candidates_per_token"] < 1
+    one, *_ = found["targets"]
+    assert one["name"] == targets.PLAIN and one["met"] is (one["measured"] >= one["wanted"])
+    assert {t["met"] for t in found["targets"] if t["batch_size"] == 16} == {None}
+    assert "not measured" in result.output and "batch 3" in result.output
+
+
+def test_systems_by_number(tmp_path: Path) -> None:
+    listed = run("--list-systems").output.splitlines()
+    assert listed[0] == f"1  {OURS}" and len(listed) == len(SYSTEMS)
+    path = tmp_path / "b.json"
+    result = run(*OPTIONS, "--systems", "1,3", "--output-json", str(path))
+    assert result.exit_code == 0, result.output
+    batch = json.loads(path.read_text())["batches"][0]
+    assert set(batch["tokens_per_s"]) == {OURS, TRANSFORMERS}
+    assert "plain, ours / roofline" not in batch["ratios"]
+
+
+def test_a_real_model(tmp_path: Path) -> None:
+    from mara_fast import tiny
+
+    path = tmp_path / "b.json"
+    options = ("--agent", str(tiny.AGENT_PATH), "--systems", "1,2,5", "--batch-sizes", "2")
+    result = run("--model", str(tiny.LM_PATH), *OPTIONS[4:], *options, "--output-json", str(path))
+    assert result.exit_code == 0, (result.output, result.exception)
+    batch = json.loads(path.read_text())["batches"][0]
+    assert set(batch["tokens_per_s"]) == {OURS, OUR_PLAIN, CASCADE}
+    assert batch["equal_answers_frac"] == {f"{OURS} = {CASCADE}": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "9b"), "model='9b' is no shape (50m, llama-3.2-1b"),
+        (("--agent", "x"), "--agent goes with a real model, and 50m is a random shape"),
+        (("--aligner", "x"), "aligner='x' is not known; allowed: 50m"),
+        (("--batch-sizes", "0"), "batch_sizes='0' is not allowed; allowed: integers >= 1, as 1,16"),
+        (("--batch-sizes", "1,,2"), "batch_sizes='1,,2' is not allowed"),
+        (("--systems", "2,9"), "systems='2,9' is not allowed; allowed: from 1 to 7"),
+        (("--systems", "2"), "systems='2' leaves MARA, ours (1) out"),
+        (("--dtype", "int8"), "dtype='int8' is not known"),
+        (("--device", "abacus"), "device='abacus' is not known"),
+        (("--output-json", "."), "Invalid value for '--output-json'"),
+    ],
+)
+def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2 and message in result.output, (result.output, result.exception)
+
+
+def test_a_model_is_calibrated_to_a_profile() -> None:
+    model = random_llama(**NANO)
+    prompts = [[3 + 7 * i + j for j in range(8)] for i in range(8)]
+    agent = calibrate(model, prompts, forced=0.33)
+    from mara_fast import Engine
+
+    answers = Engine(model, agent, max_batch_size=8).generate(
+        prompts, max_new_tokens=32, ignore_eos=True
+    )
+    found = report.profile(sum((answer.stats for answer in answers), DecodingStats()))
+    assert 0.2 < found["forced_frac"] < 0.45
+    assert 0.5 < found["rank0_accepted_frac"] < 0.9
+    assert 1 < found["candidates_per_token"] < 3
+
+
+def test_parts_are_restored_and_add_up() -> None:
+    before = {
+        (owner, name): getattr(owner, name)
+        for places in measure.PARTS.values()
+        for owner, name in places
+    }
+
+    def fail() -> None:
+        raise KeyError("mine")
+
+    with pytest.raises(KeyError):
+        measure.time_by_part(fail, random_llama(**NANO).device)
+    assert all(getattr(owner, name) is kept for (owner, name), kept in before.items())
+
+
+def test_targets_name_what_is_missing() -> None:
+    batch = {"batch_size": 1, "ratios": {targets.PLAIN: 0.79, targets.SERIAL: 1.3}}
+    judged = {
+        (one["name"], one["batch_size"]): one["met"] for one in targets.judge([batch], device="cpu")
+    }
+    assert judged[targets.PLAIN, 1] is False and judged[targets.SERIAL, 1] is True
+    assert judged[targets.ALIGNER, 1] is None and judged[targets.SERIAL, 16] is None
+    assert all(one["met"] is None for one in targets.judge([], device="cuda"))
+
+
+def test_threads_and_defaults() -> None:
+    config = BenchConfig(device="cpu")
+    assert config.sizes == [1, 16] and len(config.names) == 6
