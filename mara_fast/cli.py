@@ -1,5 +1,7 @@
 """The command ``mara-fast``."""
 
+import dataclasses
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -12,8 +14,10 @@ from mara_fast.options import from_yaml
 
 if TYPE_CHECKING:
     from mara_fast.config import DecodingConfig
+    from mara_fast.data_parallel import EngineOptions, ParallelEngine
     from mara_fast.engine import Engine
-    from mara_fast.jsonl import PromptRecord
+
+    AnyEngine = Engine | ParallelEngine
 
 app = typer.Typer(
     name="mara-fast",
@@ -77,6 +81,22 @@ def generate(
     max_batch_size: Annotated[
         int, typer.Option(help="Sequences decoded at once.", rich_help_panel=_MODEL)
     ] = 16,
+    num_gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="With --input: so many engines, one per GPU (without GPUs: processes), by Ray.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--tensor-parallel",
+            help="The model over all processes: torchrun --nproc-per-node N -m mara_fast.cli ...",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
     input_path: Annotated[
         Path | None,
         typer.Option(
@@ -194,6 +214,10 @@ def generate(
         "trace": trace,
     }
     with clear_errors():
+        if num_gpus is not None and input_path is None:
+            raise ValueError("--num-gpus needs --input; one prompt is for one engine")
+        if num_gpus is not None and tensor_parallel:
+            raise ValueError("give --num-gpus or --tensor-parallel, not both")
         if output_path is not None and input_path is None:
             raise ValueError("--output needs --input; a single answer goes to standard output")
         if overwrite and output_path is None:
@@ -206,6 +230,12 @@ def generate(
             raise ValueError("give --agent or --no-agent, not both")
         if input_path is None:
             prompt = _stdin_prompt() if prompt is None else prompt
+        if tensor_parallel:
+            from mara_fast.tensor_parallel import check_processes
+
+            if check_processes():
+                # All processes do the same, and one says so.
+                sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         given = _yaml(config_path) | {k: v for k, v in options.items() if v is not None}
         _check_options(preset, given)
         if input_path is not None:
@@ -214,25 +244,36 @@ def generate(
             records = read_prompts(input_path)
             if output_path is not None and _same_file(input_path, output_path):
                 raise ValueError(f"--input and --output are the same file: {input_path}")
-        engine = _engine(
-            model, False if no_agent else agent, max_batch_size, dtype=dtype, device=device
+        from mara_fast.answering import answer, answer_file, answer_lines
+        from mara_fast.data_parallel import EngineOptions, ParallelEngine
+
+        engine_options = EngineOptions(
+            model=model,
+            agent=False if no_agent else agent,
+            dtype=dtype,
+            device=device,
+            max_batch_size=max_batch_size,
         )
-        config = _config(engine, preset, given)
-        if input_path is not None:
-            if output_path is None:
-                _generate_lines(engine, config, records, stats=stats)
-                return
+        source: Any
+        if num_gpus is None:
+            source = _engine(engine_options, tensor_parallel=tensor_parallel)
+        else:
+            source = ParallelEngine(engine_options, num_workers=num_gpus)
+        config = _config(source, preset, given)
+        if input_path is None:
+            answer(source, config, prompt, as_json=as_json, stats=stats)
+        elif output_path is None:
+            answer_lines(source, config, records, stats=stats)
+        else:
             settings = {
                 "model": model,
-                "agent": _agent_name(engine, agent),
-                "dtype": str(engine.lm.model.dtype),
+                "agent": None if source.agent is None else agent or "tiny",
+                "dtype": str(source.dtype),
             }
             settings |= config.to_dict()
             # Not a token depends on it.
             del settings["window"]
-            _generate_file(engine, config, records, output_path, settings, overwrite=overwrite)
-            return
-        _answer(engine, config, prompt, as_json=as_json, stats=stats)
+            answer_file(source, config, records, output_path, settings, overwrite=overwrite)
 
 
 @app.command(
@@ -336,131 +377,20 @@ def _check_options(preset: Preset | None, given: dict[str, Any]) -> None:
     DecodingConfig.from_dict({"max_new_tokens": sys.maxsize} | given)
 
 
-def _engine(
-    model: str, agent: str | bool | None, max_batch_size: int, *, dtype: str, device: str
-) -> "Engine":
+def _engine(options: "EngineOptions", *, tensor_parallel: bool) -> "Engine":
     from transformers.utils import logging
 
     from mara_fast.engine import Engine
 
     logging.disable_progress_bar()
-    return Engine(model, agent, max_batch_size=max_batch_size, dtype=dtype, device=device)
+    return Engine(**dataclasses.asdict(options), tensor_parallel=tensor_parallel)
 
 
-def _config(engine: "Engine", preset: Preset | None, given: dict[str, Any]) -> "DecodingConfig":
+def _config(engine: "AnyEngine", preset: Preset | None, given: dict[str, Any]) -> "DecodingConfig":
     from mara_fast.config import DecodingConfig
 
     base = getattr(DecodingConfig, preset.value)() if preset else None
     return engine.config(base, **given)
-
-
-def _agent_name(engine: "Engine", agent: str | None) -> str | None:
-    if engine.agent is None:
-        return None
-    return agent if agent is not None else "tiny"
-
-
-def _answer(
-    engine: "Engine", config: "DecodingConfig", prompt: Any, *, as_json: bool, stats: bool
-) -> None:
-    """One prompt to standard output, as it is decided."""
-    from mara_fast.jsonl import json_line
-
-    generation = None
-    for event in engine.stream(prompt, config):
-        generation = event.generation
-        if not as_json:
-            typer.echo(event.text, nl=False)
-    assert generation is not None
-    if as_json:
-        typer.echo(json_line(generation.to_dict()))
-    else:
-        typer.echo()
-    if stats:
-        typer.echo(_summary(generation.stats), err=True)
-    if generation.error is not None:
-        raise ValueError(generation.error)
-
-
-def _generate_lines(
-    engine: "Engine", config: "DecodingConfig", records: "list[PromptRecord]", *, stats: bool
-) -> None:
-    """Results to standard output, in order of completion."""
-    from mara_fast.jsonl import json_line
-    from mara_fast.outputs import DecodingStats
-
-    total, failed = DecodingStats(), 0
-    for index, generation in engine.as_completed([r.prompt for r in records], config):
-        typer.echo(json_line({"id": records[index].id} | generation.to_dict()))
-        total += generation.stats
-        failed += generation.error is not None
-    if stats:
-        typer.echo(_summary(total), err=True)
-    if failed:
-        raise ValueError(f"{failed} prompts ended in an error")
-
-
-def _generate_file(
-    engine: "Engine",
-    config: "DecodingConfig",
-    records: "list[PromptRecord]",
-    output_path: Path,
-    settings: dict[str, Any],
-    *,
-    overwrite: bool,
-) -> None:
-    """Records to the output file."""
-    from tqdm import tqdm
-
-    from mara_fast.jsonl import ResultFile
-    from mara_fast.outputs import DecodingStats
-
-    with ResultFile(
-        output_path, records=records, settings=settings, overwrite=overwrite
-    ) as results:
-        todo = [record for record in records if record.id not in results.done]
-        total, failed = DecodingStats(), 0
-        with tqdm(total=len(records), initial=len(records) - len(todo), unit="prompt") as bar:
-            try:
-                run = engine.as_completed(
-                    [record.prompt for record in todo],
-                    config,
-                    sequence_ids=[record.sequence for record in todo],
-                )
-            except ValueError as error:
-                if results.done:
-                    raise ValueError(f"of the {len(todo)} prompts left, {error}") from error
-                raise
-            try:
-                for index, generation in run:
-                    results.write(todo[index].id, generation)
-                    total += generation.stats
-                    failed += generation.error is not None
-                    bar.update()
-                    bar.set_postfix(tokens=total.num_tokens, refresh=False)
-            except KeyboardInterrupt:
-                bar.close()
-                typer.echo(
-                    f"interrupted: {len(results.done)} of {len(records)} results are in "
-                    f"{output_path}; the same command goes on from there",
-                    err=True,
-                )
-                raise typer.Exit(130) from None
-    typer.echo(f"{output_path}: {len(records)} results; {_summary(total)}", err=True)
-    if failed:
-        raise ValueError(f"{failed} prompts ended in an error; see error in {output_path}")
-
-
-def _summary(stats: Any) -> str:
-    if not stats.num_tokens:
-        return "no new tokens"
-    text = f"{stats.num_tokens} tokens, {stats.forwards_per_token:.2f} forwards per token"
-    if stats.num_decided:
-        text += (
-            f", rank 0 accepted {stats.rank0_accepted_frac:.0%}, "
-            f"all rejected {stats.num_all_rejected / stats.num_decided:.0%} of decided positions"
-        )
-    return text
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The engine: a model, an agent and a tokenizer, and the ways to ask them for answers."""
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,6 +51,8 @@ class Engine:
         compile: compile the language model's decode steps with ``torch.compile``, each shape into
             one graph; takes a minute or more per shape at first. True: by inductor; or the name of
             another backend. Rounding may differ from that of the uncompiled model.
+        tensor_parallel: the model is spread over the processes of torchrun, each of which makes
+            this engine and asks it for the same; all get the same answers.
 
     Raises:
         ValueError: options that are not allowed, an agent that does not fit the model or has NaN
@@ -71,6 +73,7 @@ class Engine:
         attention: AttentionPath = "auto",
         cuda_graph: bool | Literal["auto"] = "auto",
         compile: bool | str = False,
+        tensor_parallel: bool = False,
     ) -> None:
         for name, value in (
             ("max_batch_size", max_batch_size),
@@ -96,7 +99,7 @@ class Engine:
             )
         # A large model takes minutes to load: what is wrong everywhere is said before.
         dispatch.check()
-        loaded = load_model(model, dtype=dtype, device=device)
+        loaded = load_model(model, dtype=dtype, device=device, tensor_parallel=tensor_parallel)
         dispatch.check(loaded.device)
         if tokenizer is None:
             tokenizer = load_tokenizer(model)
@@ -115,11 +118,12 @@ class Engine:
 
     def config(self, config: DecodingConfig | None = None, **options: Any) -> DecodingConfig:
         """The options in force: those given, over ``config``, else the agent's own, else ours."""
-        if config is None:
-            config = self.agent.decoding if self.agent is not None else DecodingConfig()
-        elif not isinstance(config, DecodingConfig):
-            raise ValueError(f"config must be a DecodingConfig, got {type(config).__name__}")
-        return config.replace(**options)
+        return options_in_force(self.agent, config, options)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the language model's weights."""
+        return self.lm.model.dtype
 
     def generate(
         self,
@@ -224,23 +228,13 @@ class Engine:
         self._encode(prompts, self.config(config))
 
     def _encode(self, prompts: Any, config: DecodingConfig) -> list[tuple[Any, list[int]]]:
-        if config.stop_strings and self.tokenizer is None:
-            raise ValueError("stop_strings need a tokenizer; this engine has none")
-        encoded = encode_prompts(
+        return encode_that_fit(
             prompts,
+            config,
             tokenizer=self.tokenizer,
-            prompt_format=config.prompt_format,
             vocab_size=self.lm.vocab_size,
+            max_length=self.max_length,
         )
-        for index, (_, ids) in enumerate(encoded):
-            needed = len(ids) + config.max_new_tokens
-            if self.max_length is not None and needed > self.max_length:
-                raise ValueError(
-                    f"prompt {index} has {len(ids)} tokens; with max_new_tokens="
-                    f"{config.max_new_tokens} it needs {needed} positions, the limit is "
-                    f"{self.max_length}: shorten it or lower max_new_tokens"
-                )
-        return encoded
 
     def eos_ids(self, config: DecodingConfig) -> tuple[int, ...]:
         """The ids that end a sequence: the config's, else the model's, else the tokenizer's."""
@@ -318,6 +312,46 @@ class Engine:
         """Keeps a decoder, all of whose slots are idle, for the next run; one is enough."""
         with self._idle_lock:
             self._idle = decoder
+
+
+def options_in_force(
+    agent: MaraAgent | None, config: DecodingConfig | None, options: Mapping[str, Any]
+) -> DecodingConfig:
+    """The options given, over ``config``, else the agent's own, else ours."""
+    if config is None:
+        config = agent.decoding if agent is not None else DecodingConfig()
+    elif not isinstance(config, DecodingConfig):
+        raise ValueError(f"config must be a DecodingConfig, got {type(config).__name__}")
+    return config.replace(**options)
+
+
+def encode_that_fit(
+    prompts: Any,
+    config: DecodingConfig,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    vocab_size: int,
+    max_length: int | None,
+) -> list[tuple[Any, list[int]]]:
+    """Every prompt and its token ids.
+
+    Raises:
+        ValueError: a prompt that is none or too long, or options that need a tokenizer.
+    """
+    if config.stop_strings and tokenizer is None:
+        raise ValueError("stop_strings need a tokenizer; this engine has none")
+    encoded = encode_prompts(
+        prompts, tokenizer=tokenizer, prompt_format=config.prompt_format, vocab_size=vocab_size
+    )
+    for index, (_, ids) in enumerate(encoded):
+        needed = len(ids) + config.max_new_tokens
+        if max_length is not None and needed > max_length:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens; with max_new_tokens="
+                f"{config.max_new_tokens} it needs {needed} positions, the limit is "
+                f"{max_length}: shorten it or lower max_new_tokens"
+            )
+    return encoded
 
 
 def auto_window(num_slots: int, *, examines_all: bool, lm: FrozenLM) -> int:

@@ -104,6 +104,21 @@ def json_line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace").decode()
 
 
+class NoFile:
+    """Stands for the file in processes that have nothing to write."""
+
+    done: set[str | int] = set()  # noqa: RUF012, replaced by what the file's process says
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return
+
+    def write(self, record_id: str | int, generation: Generation) -> None:
+        """Nothing: another process does."""
+
+
 class ResultFile:
     """A JSONL file of results that is only ever added to. Use as a context manager.
 

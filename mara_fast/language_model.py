@@ -26,6 +26,7 @@ from mara_fast.attention import (
     register_attention,
 )
 from mara_fast.cache import SlotCache
+from mara_fast.tensor_parallel import is_sharded, of_first
 from mara_kernels.attention import NewRows, chain, siblings
 
 AttentionPath = Literal["auto", "candidate", "stock"]
@@ -71,6 +72,7 @@ class FrozenLM:
         self.model = model.eval()
         self.name = type(model).__name__
         self.config = model.config.get_text_config()
+        self._is_sharded = is_sharded(model.parameters())
         self._body_name, self.body = self._find_body()
         self._head = self._headless_copy()
         self._injected: TreeContext | None = None
@@ -107,15 +109,7 @@ class FrozenLM:
     @property
     def max_positions(self) -> int | None:
         """Positions the model was made for, if it says so."""
-        ropes = _rope_parameters(self.config)
-        originals = [
-            rope["original_max_position_embeddings"]
-            for rope in ropes
-            if rope.get("rope_type") == "longrope" and "original_max_position_embeddings" in rope
-        ]
-        limit = getattr(self.config, "max_position_embeddings", None)
-        # Past its original context longrope changes the factors of every row in the batch.
-        return min([*originals, limit]) if originals and limit else limit
+        return max_positions(self.config)
 
     def hidden_states(
         self, ids_BT: Tensor, *, positions: Tensor, cache: SlotCache, context: TreeContext
@@ -149,8 +143,10 @@ class FrozenLM:
         }
         with self._our_attention(context):
             if self.is_compiled and context.rows.tree.kind == "siblings":
-                return self._compiled_step(inputs)
-            return self.body(**inputs).last_hidden_state
+                hidden = self._compiled_step(inputs)
+            else:
+                hidden = self.body(**inputs).last_hidden_state
+        return of_first(hidden) if self._is_sharded else hidden
 
     def _compiled_step(self, inputs: dict[str, Any]) -> Tensor:
         from torch._dynamo.exc import TorchDynamoException
@@ -392,6 +388,19 @@ class _BodyOutput(BaseModelOutput):
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
             raise AttributeError(name)
+
+
+def max_positions(config: Any) -> int | None:
+    """Positions that a text config says its model was made for; None: it says nothing."""
+    ropes = _rope_parameters(config)
+    originals = [
+        rope["original_max_position_embeddings"]
+        for rope in ropes
+        if rope.get("rope_type") == "longrope" and "original_max_position_embeddings" in rope
+    ]
+    limit = getattr(config, "max_position_embeddings", None)
+    # Past its original context longrope changes the factors of every row in the batch.
+    return min([*originals, limit]) if originals and limit else limit
 
 
 def _rope_parameters(config: Any) -> list[dict[str, Any]]:

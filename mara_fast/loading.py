@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from mara_fast.agent import MaraAgent
+from mara_fast.tensor_parallel import is_sharded, load_sharded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +23,11 @@ TINY = "tiny"
 
 
 def load_model(
-    model: ModelLike, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto"
+    model: ModelLike,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    tensor_parallel: bool = False,
 ) -> "PreTrainedModel":
     """A causal LM in eval mode.
 
@@ -30,14 +35,18 @@ def load_model(
         model: hub id, path, ``"tiny"``, or a loaded model, which is used as it is.
         dtype: ``"auto"``: float32 on a CPU, else the checkpoint's; or a name or torch dtype.
         device: ``"auto"``: cuda if there is one.
+        tensor_parallel: this process' part of it, see :mod:`mara_fast.tensor_parallel`.
 
     Raises:
-        ValueError: unknown dtype or device, a model that is not a causal LM.
+        ValueError: unknown dtype or device, a model that is not a causal LM, or that cannot be
+            loaded in parts.
         OSError: nothing at this path or hub id.
     """
     from transformers import AutoModelForCausalLM, PreTrainedModel
 
     if isinstance(model, PreTrainedModel):
+        if tensor_parallel and not is_sharded(model.parameters()):
+            raise ValueError("tensor_parallel=True, but the model is loaded already, and whole")
         for name, value in (("dtype", dtype), ("device", device)):
             if not isinstance(value, str) or value != "auto":
                 warnings.warn(
@@ -52,6 +61,13 @@ def load_model(
         )
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
+    if tensor_parallel:
+        if model == TINY:
+            from mara_fast import tiny
+
+            model = tiny.LM_PATH
+        with named("model", model):
+            return load_sharded(model, dtype=kind)
     if model == TINY:
         from mara_fast import tiny
 

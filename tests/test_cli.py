@@ -22,10 +22,12 @@ import typer
 from typer.testing import CliRunner, Result
 
 import mara_fast
+import mara_fast.answering
 import mara_fast.cli
 import speaker
 from mara_fast import DecodingConfig, Generation, MaraAgent
 from mara_fast.cli import app
+from mara_fast.data_parallel import EngineOptions
 from naming import stable_id
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -57,8 +59,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes an engine that is loaded already, whatever model is named."""
 
-    def engine(model: str, agent: Any, max_batch_size: int, **options: str) -> mara_fast.Engine:
-        return speaker.engine(max_batch_size=max_batch_size, aligned=agent is not False)
+    def engine(options: EngineOptions, **others: Any) -> mara_fast.Engine:
+        aligned = options.agent is not False
+        return speaker.engine(max_batch_size=options.max_batch_size, aligned=aligned)
 
     monkeypatch.setattr(mara_fast.cli, "_engine", engine)
 
@@ -169,7 +172,7 @@ def configs(loaded: None, monkeypatch: pytest.MonkeyPatch) -> list[DecodingConfi
     """Every config that a prompt would have been answered with."""
     found: list[DecodingConfig] = []
     monkeypatch.setattr(
-        mara_fast.cli, "_answer", lambda engine, config, *rest, **kwargs: found.append(config)
+        mara_fast.answering, "answer", lambda engine, config, *rest, **kwargs: found.append(config)
     )
     return found
 
