@@ -190,7 +190,7 @@ class Decoder:
         config: decoding options.
         cache: to decode in; at least ``num_slots`` slots, and scratch for every forward's rows.
         num_slots: size of the batch.
-        window: candidates per slot and step.
+        windows: candidates per slot and step, by the number of slots that decode, less one.
         eos_ids: what ends a sequence.
         host_reads: leave out rows that cannot matter, by reading tensors on the host.
         capture: replays steps as graphs where nobody observes them; None: all run eagerly.
@@ -204,12 +204,12 @@ class Decoder:
         *,
         cache: SlotCache,
         num_slots: int,
-        window: int,
+        windows: tuple[int, ...],
         eos_ids: tuple[int, ...],
         host_reads: bool,
         capture: Capture | None = None,
     ) -> None:
-        self.lm, self.agent, self.config, self.window = lm, agent, config, window
+        self.lm, self.agent, self.config, self.windows = lm, agent, config, windows
         self.cache, self.host_reads, self.rule = cache, host_reads, config.cascade_rule
         self.num_slots = num_slots
         self.graphs: StepGraphs | None = None
@@ -282,7 +282,7 @@ class Decoder:
 
         # Propose. A set that outgrew the buffer waits until the host has made room.
         size = torch.where(state.size <= state.candidate_ids.shape[1], state.size, 0)
-        window = 1 if self.agent is None else self.window
+        window = self.windows[num_decoding - 1]
         if self.host_reads:
             if not size.any():
                 return

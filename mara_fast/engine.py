@@ -13,19 +13,19 @@ from mara_fast.config import DecodingConfig
 from mara_fast.decoder import Decoder, ScoredWindow
 from mara_fast.language_model import AttentionPath, FrozenLM
 from mara_fast.loading import ModelLike, load_agent, load_model, load_tokenizer
+from mara_fast.memory import Pool, free_memory, plan_pools
+from mara_fast.options import check, is_number
 from mara_fast.outputs import DecodingStats, Generation, TokenEvent
 from mara_fast.prompts import encode_prompts
 from mara_fast.run import Request, Run
 from mara_fast.step_graphs import Capture, CudaCapture
 from mara_fast.streaming import stream_events, stream_to
+from mara_fast.window import StepCosts, measured_costs
 from mara_kernels import dispatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
     from transformers.generation.streamers import BaseStreamer
-
-_LENGTH_STEP = 64
-"""Slot lengths are rounded up to this, so that a cache serves several runs."""
 
 
 class Engine:
@@ -45,6 +45,8 @@ class Engine:
         prefill_chunk: most prompt tokens per slot read in one forward.
         dtype: of a model loaded here; ``"auto"``: float32 on a CPU, else the checkpoint's.
         device: of a model loaded here; ``"auto"``: cuda if there is one.
+        memory_utilization: share of the free memory that keys and values may take. Prompts that do
+            not fit together are decoded in turns, the short ones first.
         attention: ``"auto"``, or one of the paths of :class:`FrozenLM` to force it.
         cuda_graph: replay the decode step as CUDA graphs; ``"auto"``: where there is CUDA. A step
             that cannot be captured runs eagerly, and a warning says why.
@@ -70,6 +72,7 @@ class Engine:
         prefill_chunk: int = 512,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
+        memory_utilization: float = 0.9,
         attention: AttentionPath = "auto",
         cuda_graph: bool | Literal["auto"] = "auto",
         compile: bool | str = False,
@@ -82,6 +85,14 @@ class Engine:
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r} is not allowed; allowed: an integer >= 1")
+        check(
+            "memory_utilization",
+            memory_utilization,
+            is_number,
+            "a number above 0, at most 1",
+            above=0,
+            maximum=1,
+        )
         if cuda_graph not in (True, False, "auto"):
             raise ValueError(
                 f"cuda_graph={cuda_graph!r} is not allowed; allowed: True, False, 'auto'"
@@ -108,11 +119,13 @@ class Engine:
         self.lm = FrozenLM(loaded, attention=attention, compile=backend)
         self.agent = load_agent(agent, model=model, lm=self.lm)
         self.max_batch_size, self.prefill_chunk = max_batch_size, prefill_chunk
+        self.memory_utilization = memory_utilization
         limit = self.lm.max_positions
         if max_length is not None and limit is not None and max_length > limit:
             raise ValueError(f"max_length={max_length} exceeds the model's {limit} positions")
         self.max_length = max_length if max_length is not None else limit
         self._capture = _capture(cuda_graph, self.lm.device)
+        self._costs: StepCosts | None = None
         self._idle: Decoder | None = None
         self._idle_lock = threading.Lock()
 
@@ -249,17 +262,51 @@ class Engine:
         return ()
 
     def window(self, config: DecodingConfig, num_slots: int) -> int:
-        """Candidates per slot and forward."""
+        """Candidates per slot and forward, when so many slots decode."""
+        if self.agent is None:
+            return 1
         if config.window != "auto":
             # No set is larger than the vocabulary.
             return min(config.window, self.lm.vocab_size)
-        return auto_window(num_slots, examines_all=config.strategy != "first", lm=self.lm)
+        if self._costs is None:
+            self._costs = measured_costs(self.lm, self._capture)
+        examines_all = config.strategy != "first"
+        return self._costs.best_window(num_slots, examines_all=examines_all)
+
+    def _windows(self, config: DecodingConfig, num_slots: int) -> tuple[int, ...]:
+        """By slots that decode, less one: as a batch empties there is room for more rows."""
+        return tuple(self.window(config, size) for size in range(1, num_slots + 1))
+
+    def pools(self, config: DecodingConfig, lengths: Sequence[int]) -> list[Pool]:
+        """How prompts share the memory for keys and values.
+
+        Args:
+            config: decoding options.
+            lengths: tokens of each prompt.
+
+        Raises:
+            ValueError: one needs more than there is, with the numbers.
+        """
+        # The idle decoder's memory is used again, or given back.
+        with self._idle_lock:
+            idle = 0 if self._idle is None else self._idle.cache.num_bytes
+        budget = self.memory_utilization * (free_memory(self.lm.device) + idle)
+        return plan_pools(
+            [length + config.max_new_tokens for length in lengths],
+            max_slots=self.max_batch_size,
+            scratch=self._scratch(config, min(self.max_batch_size, len(lengths)), max(lengths)),
+            row_bytes=self.lm.row_bytes,
+            budget=int(budget),
+        )
+
+    def _scratch(self, config: DecodingConfig, num_slots: int, longest_prompt: int) -> int:
+        return max(*self._windows(config, num_slots), min(self.prefill_chunk, longest_prompt))
 
     def take_decoder(
         self,
         config: DecodingConfig,
+        pool: Pool,
         *,
-        num_requests: int,
         longest_prompt: int,
         observer: Callable[[ScoredWindow], None] | None = None,
     ) -> Decoder:
@@ -267,30 +314,27 @@ class Engine:
 
         Args:
             config: decoding options.
-            num_requests: prompts of the run.
+            pool: its slots.
             longest_prompt: tokens of the longest.
             observer: is shown every window that the agent scored.
         """
-        num_slots = min(self.max_batch_size, num_requests)
-        window = self.window(config, num_slots)
-        max_length = -(-(longest_prompt + config.max_new_tokens) // _LENGTH_STEP) * _LENGTH_STEP
-        scratch = max(window, min(self.prefill_chunk, longest_prompt))
+        scratch = self._scratch(config, pool.num_slots, longest_prompt)
         with self._idle_lock:
             decoder, self._idle = self._idle, None
         cache = None if decoder is None else decoder.cache
         if (
             cache is None
-            or cache.num_slots < num_slots
-            or cache.max_length < max_length
+            or cache.num_slots < pool.num_slots
+            or cache.max_length < pool.max_length
             or cache.scratch < scratch
         ):
             # The old one's memory is free before the new one is allocated.
             decoder = cache = None
-            cache = SlotCache(num_slots=num_slots, max_length=max_length, scratch=scratch)
+            cache = SlotCache(num_slots=pool.num_slots, max_length=pool.max_length, scratch=scratch)
         # Compiled steps have static shapes.
         host_reads = not self.lm.is_compiled and _host_reads(self.lm.device)
         fits = decoder is not None and (
-            (decoder.config, decoder.window, decoder.host_reads) == (config, window, host_reads)
+            (decoder.config, decoder.host_reads) == (config, host_reads)
             and decoder.agent is self.agent
         )
         if decoder is None or not fits:
@@ -299,7 +343,7 @@ class Engine:
                 self.agent,
                 config,
                 num_slots=cache.num_slots,
-                window=window,
+                windows=self._windows(config, cache.num_slots),
                 eos_ids=self.eos_ids(config),
                 host_reads=host_reads,
                 cache=cache,
@@ -352,23 +396,6 @@ def encode_that_fit(
                 f"{max_length}: shorten it or lower max_new_tokens"
             )
     return encoded
-
-
-def auto_window(num_slots: int, *, examines_all: bool, lm: FrozenLM) -> int:
-    """Window for a batch: as wide as its rows are free.
-
-    A forward costs the same up to a number of rows that depends on the device; beyond it a second
-    candidate, needed about every third time, does not earn its keep.
-    """
-    on_cpu = lm.device.type == "cpu"
-    if examines_all:
-        return 16 if on_cpu else max(1, min(40, 160 // num_slots))
-    if on_cpu:
-        return 3 if num_slots == 1 else 1
-    for most_slots, window in ((8, 8), (32, 4), (64, 3), (100, 2)):
-        if num_slots <= most_slots:
-            return window
-    return 1
 
 
 def _capture(wanted: bool | str, device: torch.device) -> Capture | None:

@@ -77,6 +77,8 @@ class FrozenLM:
         self._head = self._headless_copy()
         self._injected: TreeContext | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.row_bytes = 0
+        """Keys and values of one position in all layers, as measured."""
         self._step_body: Any = self.body
         self._refuse_by_config()
         register_attention()
@@ -324,6 +326,7 @@ class FrozenLM:
             return self.hidden_states(ids, positions=positions, cache=cache, context=context)
 
         run(ids[:, :2], [0, 0], chain, 0)
+        self.row_bytes = cache.num_bytes // (cache.num_slots * (cache.trash + 1))
         run(ids[:, 2:5], [2, 2], chain, 2)
         # Slot 0 forgets its last two rows: the lengths now differ, and stale rows lie behind.
         window = torch.stack((ids[:, 5], ids[:, 0], ids[:, 5]), dim=1)

@@ -1,6 +1,6 @@
 """One pass over a list of prompts by continuous batching.
 
-    while work is left:
+    for each pool of slots, see mara_fast.memory, while work is left:
         free slots take prompts from the queue
         one chunk of prefill for the slots that still read their prompt
         one step of decoding for the slots that have read it
@@ -26,6 +26,7 @@ import torch
 from mara_fast.collect import collect, stop_position
 from mara_fast.config import DecodingConfig
 from mara_fast.decoder import BAD_LOGITS, RUNNING, Decoder, ScoredWindow, SlotState
+from mara_fast.memory import Pool
 from mara_fast.outputs import DecodingStats, Generation
 from mara_fast.transfer import HostCopy, to_device
 
@@ -106,8 +107,13 @@ class Run:
     ) -> None:
         self.engine, self.config, self.requests = engine, config, requests
         self.keeps_tokens = keeps_tokens or bool(config.stop_strings)
+        self._pools: list[Pool] = []
+        if requests:
+            lengths = [len(request.token_ids) for request in requests]
+            self._pools = engine.pools(config, lengths)
         self.observer = observer
-        self._queue = deque(requests)
+        self._num_slots = 0
+        self._queue: deque[Request] = deque()
         self._prefilling: list[Request] = []
         self._decoding: list[Request] = []
         self._snapshots: deque[_Snapshot] = deque()
@@ -124,16 +130,21 @@ class Run:
             return
         if not self.requests:
             return
-        decoder = self.engine.take_decoder(
-            self.config,
-            num_requests=len(self.requests),
-            longest_prompt=max(len(request.token_ids) for request in self.requests),
-            observer=self.observer,
-        )
-        while self._queue or self._prefilling or self._decoding or self._leaving:
-            yield self._turn(decoder)
-        # A run that ends early may leave anything behind, and does not hand it on.
-        self.engine.return_decoder(decoder)
+        for pool in self._pools:
+            members = [self.requests[place] for place in pool.members]
+            decoder = self.engine.take_decoder(
+                self.config,
+                pool,
+                longest_prompt=max(len(request.token_ids) for request in members),
+                observer=self.observer,
+            )
+            self._num_slots = pool.num_slots
+            self._queue.extend(members)
+            while self._queue or self._prefilling or self._decoding or self._leaving:
+                yield self._turn(decoder)
+            # A run that ends early may leave anything behind, and does not hand it on.
+            self.engine.return_decoder(decoder)
+            del decoder
 
     @torch.inference_mode()
     def _turn(self, decoder: Decoder) -> list[tuple[int, Generation]]:
@@ -151,8 +162,7 @@ class Run:
         return self._arrived()
 
     def _admit(self, decoder: Decoder) -> None:
-        num_slots = min(self.engine.max_batch_size, len(self.requests))
-        while self._queue and len(self._decoding) + len(self._prefilling) < num_slots:
+        while self._queue and len(self._decoding) + len(self._prefilling) < self._num_slots:
             request = self._queue.popleft()
             request.slot = len(self._decoding) + len(self._prefilling)
             decoder.state.reset(request.slot, sequence=request.sequence)

@@ -1,11 +1,15 @@
 """What holds for every test: no network, one thread, and which tests run where."""
 
 import os
+import tempfile
 
 # Before anything imports torch or transformers; subprocesses of tests inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The models are tiny: a second thread costs more than it brings.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# What is measured of the machine is kept there; not beside the user's own.
+os.environ["XDG_CACHE_HOME"] = os.path.join(tempfile.gettempdir(), "mara-fast-tests")
 
 import pytest
 import torch

@@ -9,7 +9,6 @@ episode lies another episode's first, which ``done`` keeps out.
 Shapes: T transitions of an episode, H hidden, B batch.
 """
 
-import os
 import shutil
 from collections import deque
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mara_fast.memory import free_memory
 from mara_fast.options import check, check_choices, is_int
 from mara_train.sac import Batch
 
@@ -218,22 +218,10 @@ def _check_room(
     elif place.type == "cuda":
         free, where = torch.cuda.mem_get_info(place)[0], str(place)
     else:
-        free, where = _free_memory(), "memory"
+        free, where = free_memory(torch.device("cpu")), "memory"
     if num_bytes > free:
         raise ValueError(
             f"a replay of {config.capacity:,} transitions in {config.dtype} takes "
             f"{num_bytes / 1e9:.2f} GB; {where} has {free / 1e9:.2f} GB free: lower capacity, or "
             "choose another dtype or storage"
         )
-
-
-def _free_memory() -> int:
-    """Bytes that can be allocated without swapping."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

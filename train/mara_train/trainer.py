@@ -26,8 +26,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from mara_fast.agent import MaraAgent, decoding_options
+from mara_fast.config import DecodingConfig
 from mara_fast.engine import Engine
 from mara_fast.rewards import Rewards
+from mara_fast.window import steady_window
 from mara_train import checkpoint
 from mara_train.collector import Collector, LocalCollector
 from mara_train.config import MaraConfig
@@ -108,6 +110,7 @@ class MaraTrainer:
         if not isinstance(args, MaraConfig):
             raise ValueError(f"args must be a MaraConfig, got {type(args).__name__}")
         self.args, self.folder = args, Path(args.output_dir)
+        self.decoding = _repeatable(args)
         check_place(self.folder)
         if agent is not None and not isinstance(agent, MaraAgent):
             raise ValueError(f"agent must be a MaraAgent or None, got {type(agent).__name__}")
@@ -141,7 +144,7 @@ class MaraTrainer:
                 self.eval_prompts.rows,
                 base=self.base,
                 objective=self.objective,
-                decoding=args.decoding,
+                decoding=self.decoding,
             )
         lm = self.base.lm
         self.replay = Replay(
@@ -424,12 +427,12 @@ class MaraTrainer:
         args = self.args
         if not args.num_collectors:
             return LocalCollector(
-                Rollout(self.engine, args.decoding, args.token_rewards, dtype=dtype)
+                Rollout(self.engine, self.decoding, args.token_rewards, dtype=dtype)
             )
         return RayCollector(
             model,
             self.agent,
-            args.decoding,
+            self.decoding,
             args.token_rewards,
             dtype=dtype,
             num_workers=args.num_collectors,
@@ -460,6 +463,18 @@ class MaraTrainer:
         }
         agent.config = dataclasses.replace(agent.config, **described)
         return agent
+
+
+def _repeatable(args: MaraConfig) -> DecodingConfig:
+    """The decoding options, with a window that a resumed run has too."""
+    if args.decoding.window != "auto":
+        return args.decoding
+    window = steady_window(
+        args.max_batch_size,
+        examines_all=args.decoding.strategy != "first",
+        on_cpu=not torch.cuda.is_available(),
+    )
+    return args.decoding.replace(window=window)
 
 
 def _callbacks(callbacks: Any) -> tuple[Any, ...]:

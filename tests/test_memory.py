@@ -1,0 +1,124 @@
+"""Prompts of all lengths share the memory for keys and values, whatever it holds."""
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+import mara_fast.engine
+from architectures import ARCHITECTURES, random_prompt
+from exactness import check_exact, random_agent
+from mara_fast import Engine
+from mara_fast.memory import free_memory, plan_pools, slot_bytes
+
+LENGTHS = (3, 90, 7, 200, 12, 5, 30, 150, 2)
+
+
+@pytest.fixture(params=[True, False], ids=["host reads", "device only"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: request.param)
+    return Engine(ARCHITECTURES["llama"](), random_agent(48), max_batch_size=4, prefill_chunk=16)
+
+
+def with_room_for(slots: float, length: int, engine: Engine, monkeypatch: Any) -> int:
+    each = slot_bytes(length, scratch=16, row_bytes=engine.lm.row_bytes)
+    monkeypatch.setattr(mara_fast.engine, "free_memory", lambda device: int(slots * each / 0.9) + 1)
+    return each
+
+
+def test_rows_are_measured(engine: Engine) -> None:
+    # 2 layers, keys and values, 2 heads of 12, float32
+    assert engine.lm.row_bytes == 2 * 2 * 2 * 12 * 4
+
+
+@pytest.mark.parametrize("slots", [1.0, 2.5, 100.0])
+def test_any_room_gives_the_same_answers(
+    slots: float, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for so many slots of the longest: pools of many short and of few long ones."""
+    sizes: list[tuple[int, int]] = []
+    original = Engine.take_decoder
+
+    def take(self: Engine, config: Any, pool: Any, **options: Any) -> Any:
+        sizes.append((pool.num_slots, pool.max_length))
+        return original(self, config, pool, **options)
+
+    monkeypatch.setattr(Engine, "take_decoder", take)
+    with_room_for(slots, 256, engine, monkeypatch)
+    prompts = [random_prompt(engine.lm.model, length, seed=length) for length in LENGTHS]
+    check_exact(engine, prompts, max_new_tokens=6, window=2)
+    if slots == 100.0:
+        assert sizes == [(4, 256)]
+    else:
+        # 206 and 156 positions; then 96 and less, of which more fit.
+        assert sizes[-1] == (min(2, int(slots)), 256) and sizes[0][1] <= 128
+        assert sizes[0][0] > sizes[-1][0] and len(sizes) >= 2
+    held = engine._idle.cache.num_bytes
+    # Thousands that wait cost nothing.
+    engine.generate([[5, 6]] * 300, max_new_tokens=1)
+    assert engine._idle.cache.num_bytes == held or slots < 100
+
+
+def test_what_cannot_fit_is_said_with_the_numbers(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_room_for(0.9, 256, engine, monkeypatch)
+    prompts = [random_prompt(engine.lm.model, length, seed=length) for length in LENGTHS]
+    message = r"prompt 3 needs 206 positions, .* GB of keys and values; there is room for .* GB: "
+    for ask in (engine.generate, engine.as_completed):
+        with pytest.raises(ValueError, match=message):
+            ask(prompts, max_new_tokens=6)
+
+
+def test_an_idle_cache_counts_as_free(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = random_prompt(engine.lm.model, 180, seed=0)
+    before = engine.generate([prompt], max_new_tokens=6)
+    monkeypatch.setattr(mara_fast.engine, "free_memory", lambda device: 10_000)
+    assert engine.generate([prompt], max_new_tokens=6)[0].token_ids == before[0].token_ids
+
+
+def plan(lengths: list[int], budget: int, **options: int) -> list[tuple[list[int], int, int]]:
+    found = plan_pools(
+        lengths, **({"max_slots": 4, "scratch": 0, "row_bytes": 1, "budget": budget} | options)
+    )
+    return [(pool.members, pool.num_slots, pool.max_length) for pool in found]
+
+
+def test_plans() -> None:
+    assert plan([10, 20, 500], 10_000) == [([0, 1, 2], 3, 512)]
+    # Two of 512 fit, but four could decode: the short ones get slots of their own.
+    assert plan([10, 400, 500, 20, 30], 2 * 513) == [([0, 3, 4], 3, 64), ([1, 2], 2, 512)]
+    # Four of 128 fit where one of 512 does.
+    assert plan([500] + [100] * 6, 520) == [([1, 2, 3, 4, 5, 6], 4, 128), ([0], 1, 512)]
+    assert plan([64] * 9, 4 * 65) == [(list(range(9)), 4, 64)]
+    assert plan([64] * 9, 3 * 65) == [(list(range(9)), 3, 64)]
+    assert plan([], 0) == []
+    with pytest.raises(ValueError, match=re.escape("prompt 1 needs 65 positions, 1.29e-07 GB")):
+        plan([3, 65], 128)
+
+
+def test_every_sequence_has_a_slot_that_fits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        count = int(torch.randint(1, 30, (), generator=generator))
+        lengths = torch.randint(1, 3000, (count,), generator=generator).tolist()
+        options = {"max_slots": 8, "scratch": 40, "row_bytes": 3}
+        budget = int(slot_bytes(3008, scratch=40, row_bytes=3) * (1 + 9 * torch.rand(()).item()))
+        pools = plan_pools(lengths, budget=budget, **options)
+        assert sorted(place for pool in pools for place in pool.members) == list(range(count))
+        for pool in pools:
+            assert 1 <= pool.num_slots <= min(8, len(pool.members))
+            assert all(lengths[place] <= pool.max_length for place in pool.members)
+            each = slot_bytes(pool.max_length, scratch=40, row_bytes=3)
+            assert pool.num_slots * each <= budget
+
+
+def test_free_memory_is_that_of_the_machine() -> None:
+    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.parametrize("value", [0, -0.5, 1.5, "half", float("nan")])
+def test_the_share_is_checked(value: Any) -> None:
+    with pytest.raises(ValueError, match=r"memory_utilization=.* is not allowed; allowed: a n"):
+        Engine(ARCHITECTURES["llama"](), False, memory_utilization=value)
