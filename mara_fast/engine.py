@@ -270,8 +270,11 @@ class Engine:
             return min(config.window, self.lm.vocab_size)
         if self._costs is None:
             self._costs = measured_costs(self.lm, self._capture)
-        examines_all = config.strategy != "first"
-        return self._costs.best_window(num_slots, examines_all=examines_all)
+        return self._costs.best_window(
+            num_slots,
+            examines_all=config.strategy != "first",
+            leaves_out=_host_reads(self.lm.device),
+        )
 
     def _windows(self, config: DecodingConfig, num_slots: int) -> tuple[int, ...]:
         """By slots that decode, less one: as a batch empties there is room for more rows."""

@@ -4,6 +4,8 @@
     forwards(window)  per token, of a cascade of the paper's profile
     window            = argmin  seconds(slots * window) * forwards(window)
 
+A single slot on a CPU forwards no more rows than its set has: one where the token is forced.
+
 Up to some number of rows a forward costs the same; beyond it a row has to earn its keep. The window
 changes no token beyond rounding, only how soon they come.
 """
@@ -45,19 +47,18 @@ _ROUNDS = 3
 _logger = logging.getLogger(__name__)
 
 
-def forwards_per_token(window: int, *, examines_all: bool) -> float:
-    """Of a cascade of the paper's profile with that window.
+def forwards_per_decided(window: int, *, examines_all: bool) -> float:
+    """Of a decided position, in a cascade of the paper's profile with that window.
 
     Args:
         window: candidates per forward.
         examines_all: the whole set is scored whatever is accepted.
     """
     whole = math.ceil(MEAN_SET_SIZE / window)
-    decided = float(whole)
-    if not examines_all:
-        found = sum(share * (rank // window + 1) for rank, share in enumerate(ACCEPTED_FRACS))
-        decided = found + (1 - sum(ACCEPTED_FRACS)) * whole
-    return FORCED_FRAC + (1 - FORCED_FRAC) * decided
+    if examines_all:
+        return float(whole)
+    found = sum(share * (rank // window + 1) for rank, share in enumerate(ACCEPTED_FRACS))
+    return found + (1 - sum(ACCEPTED_FRACS)) * whole
 
 
 def steady_window(num_slots: int, *, examines_all: bool, on_cpu: bool) -> int:
@@ -95,14 +96,22 @@ class StepCosts:
         )
         return first + (last - first) * (rows - low) / (high - low)
 
-    def best_window(self, num_slots: int, *, examines_all: bool) -> int:
-        """The window with the fewest seconds per token; of equals the smallest."""
-        return min(
-            WINDOWS,
-            key=lambda window: (
-                self.of(num_slots * window) * forwards_per_token(window, examines_all=examines_all)
-            ),
-        )
+    def best_window(self, num_slots: int, *, examines_all: bool, leaves_out: bool = False) -> int:
+        """The window with the fewest seconds per token; of equals the smallest.
+
+        Args:
+            num_slots: that decode.
+            examines_all: the whole set is scored whatever is accepted.
+            leaves_out: a single slot forwards no rows beyond its set.
+        """
+
+        def seconds_per_token(window: int) -> float:
+            forced = 1 if leaves_out and num_slots == 1 else num_slots * window
+            decided = self.of(num_slots * window)
+            decided *= forwards_per_decided(window, examines_all=examines_all)
+            return FORCED_FRAC * self.of(forced) + (1 - FORCED_FRAC) * decided
+
+        return min(WINDOWS, key=seconds_per_token)
 
 
 def measured_costs(lm: FrozenLM, capture: Capture | None) -> StepCosts:

@@ -14,7 +14,7 @@ from mara_fast import Engine
 from mara_fast.window import (
     WINDOWS,
     StepCosts,
-    forwards_per_token,
+    forwards_per_decided,
     measured_costs,
     steady_window,
 )
@@ -22,13 +22,13 @@ from tape import TapeCapture
 
 
 def test_forwards_of_the_profile() -> None:
-    # A third forced; 0.70, 0.17, 0.08 found in the first, second, third; 0.05 after ten.
-    one = 1 / 3 + 2 / 3 * (0.70 + 2 * 0.17 + 3 * 0.08 + 10 * 0.05)
-    assert forwards_per_token(1, examines_all=False) == pytest.approx(one)
-    assert forwards_per_token(10, examines_all=False) == pytest.approx(1)
-    assert forwards_per_token(4, examines_all=True) == pytest.approx(1 / 3 + 2 / 3 * 3)
+    # 0.70, 0.17, 0.08 found in the first, second, third; 0.05 after ten.
+    one = 0.70 + 2 * 0.17 + 3 * 0.08 + 10 * 0.05
+    assert forwards_per_decided(1, examines_all=False) == pytest.approx(one)
+    assert forwards_per_decided(10, examines_all=False) == pytest.approx(1)
+    assert forwards_per_decided(4, examines_all=True) == 3
     for examines_all in (False, True):
-        found = [forwards_per_token(window, examines_all=examines_all) for window in WINDOWS]
+        found = [forwards_per_decided(window, examines_all=examines_all) for window in WINDOWS]
         assert found == sorted(found, reverse=True) and found[-1] == pytest.approx(1)
 
 
@@ -49,6 +49,11 @@ def test_the_cheapest_window() -> None:
     by_row = StepCosts([1, 2], [1.0, 2.0])
     assert by_row.best_window(1, examines_all=False) == 1
     assert by_row.best_window(1, examines_all=True) in (1, 2, 5, 10)
+    # Where a forced token costs one row, two are worth it sooner.
+    some = StepCosts([1, 2, 3], [1.0, 1.3, 9.0])
+    assert some.best_window(1, examines_all=False) == 1
+    assert some.best_window(1, examines_all=False, leaves_out=True) == 2
+    assert some.best_window(2, examines_all=False, leaves_out=True) == 1
     flat = StepCosts([1, 2], [1.0, 1.0])
     assert flat.best_window(64, examines_all=True) == 10
 

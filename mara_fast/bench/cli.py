@@ -48,8 +48,8 @@ def bench(
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
     output_len: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 48,
     num_prompts: Annotated[
-        int, typer.Option(min=1, help="Prompts at least, in batches of each size.")
-    ] = 4,
+        int | None, typer.Option(min=1, help="For each batch size; without it four per slot.")
+    ] = None,
     num_serial_prompts: Annotated[
         int, typer.Option(min=1, help="Of them for the authors' cascade, which takes its time.")
     ] = 2,

@@ -30,6 +30,8 @@ from mara_fast.loading import choose_device, choose_dtype, load_agent, load_mode
 from mara_fast.outputs import DecodingStats
 
 _ALIGNER = "aligner-7b"
+_PROMPTS_PER_SLOT = 4
+"""Answers end at different steps: with a prompt per slot most slots would soon be empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +44,7 @@ class BenchConfig:
     batch_sizes: str = "1,16"
     input_len: int = 64
     output_len: int = 48
-    num_prompts: int = 4
+    num_prompts: int | None = None
     num_serial_prompts: int = 2
     num_iters: int = 5
     dtype: str = "auto"
@@ -108,10 +110,10 @@ def run(config: BenchConfig, *, show_targets: bool, output: Path | None) -> dict
         "batches": [],
     }
     console.print(f"{description}\n{found['hardware']}, {found['date']}", highlight=False)
-    most = max(config.num_prompts, *config.sizes)
-    prompts = _prompts(subject.model, config.input_len, most, seed=config.seed + 1)
     for size in config.sizes:
-        batch = _measure(subject, prompts[: max(size, config.num_prompts)], size, config)
+        count = config.num_prompts or _PROMPTS_PER_SLOT * size
+        prompts = _prompts(subject.model, config.input_len, count, seed=config.seed + 1)
+        batch = _measure(subject, prompts, size, config)
         found["batches"].append(batch)
         report.print_batch(console, batch)
     if show_targets:
