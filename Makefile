@@ -96,6 +96,8 @@ gpu-memory: $(DEV)
 
 gpu-bench: $(USE)
 	@$(PATHS) $(RUN) benchmarks/kernel_speed.py --output $(RESULTS)/kernel_speed_gpu.json
+	@$(PATHS) $(RUN) -m mara_fast.bench.cli --model llama-3.1-8b --batch-sizes 1,16,32,64 --targets \
+	  --output-json $(RESULTS)/bench_gpu.json
 
 reproduce-tiny: $(DEV) ## retrain the tiny world (LM, reward and cost model, agent) and judge it
 	@$(PATHS) $(RUN) -m mara_train.tiny --make-world --fold $(FOLD) --world $(TINY) \
@@ -109,7 +111,7 @@ folds: $(DEV) ## the tiny world anew for every fold of its instructions that nob
 	  --output $(RESULTS)/tiny_folds.json
 
 bench: $(USE) ## measure decoding and training on this machine against the authors' schemes
-	@$(CLI) bench --targets --output-json $(RESULTS)/bench.json
+	@$(PATHS) $(RUN) -m mara_fast.bench.cli --targets --output-json $(RESULTS)/bench.json
 	@$(PATHS) $(RUN) benchmarks/training_speed.py
 
 format: $(DEV) ## let ruff fix and format the code

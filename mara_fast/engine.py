@@ -20,7 +20,7 @@ from mara_fast.prompts import encode_prompts
 from mara_fast.run import Request, Run
 from mara_fast.step_graphs import Capture, CudaCapture
 from mara_fast.streaming import stream_events, stream_to
-from mara_fast.window import StepCosts, measured_costs
+from mara_fast.window import MeasuredCosts, StepCosts
 from mara_kernels import dispatch
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ class Engine:
             # No set is larger than the vocabulary.
             return min(config.window, self.lm.vocab_size)
         if self._costs is None:
-            self._costs = measured_costs(self.lm, self._capture)
+            self._costs = MeasuredCosts(self.lm, self._capture)
         return self._costs.best_window(
             num_slots,
             examines_all=config.strategy != "first",

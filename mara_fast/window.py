@@ -1,12 +1,11 @@
-"""How many candidates per slot and forward: what a row costs here, against how often it helps.
+"""How many candidates per slot and forward: what rows cost here, against how often they help.
 
-    seconds(rows)     of a forward of the language model, measured once per device and model
-    forwards(window)  per token, of a cascade of the paper's profile
-    window            = argmin  seconds(slots * window) * forwards(window)
+    seconds(slots, window)  of a forward of the language model, measured once per device and model
+    forwards(window)        per token, of a cascade of the paper's profile
+    window                  = argmin  seconds(slots, window) * forwards(window)
 
-A single slot on a CPU forwards no more rows than its set has: one where the token is forced.
-
-Up to some number of rows a forward costs the same; beyond it a row has to earn its keep. The window
+A single slot on a CPU forwards no more rows than its set has: one where the token is forced. Up to
+some number of rows a forward costs the same; beyond it a row has to earn its keep. The window
 changes no token beyond rounding, only how soon they come.
 """
 
@@ -16,8 +15,7 @@ import math
 import os
 import statistics
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,7 +37,8 @@ ACCEPTED_FRACS = (0.70, 0.17, 0.08)
 MEAN_SET_SIZE = 10
 """Candidates of a decided position."""
 
-_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_TOO_SLOW = 1.25
+"""So many times the best found: wider windows are not tried."""
 _CONTEXT = 64
 """Positions before the rows that are measured."""
 _ROUNDS = 3
@@ -74,97 +73,100 @@ def steady_window(num_slots: int, *, examines_all: bool, on_cpu: bool) -> int:
 
 
 class StepCosts:
-    """Seconds of a forward by its rows, on one device.
+    """Seconds of forwards, by slots and window, each measured when it is first asked for.
 
     Args:
-        rows: measured numbers of rows, rising.
-        seconds: of a forward of so many; made to rise, as a forward of fewer rows can be padded.
+        measure: seconds of a forward of so many slots and candidates per slot.
+        known: what was measured before, by (slots, window).
     """
 
-    def __init__(self, rows: Sequence[int], seconds: Sequence[float]) -> None:
-        if len(rows) != len(seconds) or len(rows) < 2 or list(rows) != sorted(set(rows)):
-            raise ValueError(f"expected two rising numbers of rows or more, got {list(rows)}")
-        self.rows = list(rows)
-        self.seconds = [min(seconds[place:]) for place in range(len(seconds))]
+    def __init__(
+        self,
+        measure: Callable[[int, int], float],
+        known: dict[tuple[int, int], float] | None = None,
+    ) -> None:
+        self._measure = measure
+        self.known = dict(known or {})
+        self.num_measured = 0
 
-    def of(self, rows: int) -> float:
-        """Seconds of a forward of so many rows, between the measured ones on a line."""
-        place = min(max(1, bisect_left(self.rows, rows)), len(self.rows) - 1)
-        (low, high), (first, last) = (
-            self.rows[place - 1 : place + 1],
-            self.seconds[place - 1 : place + 1],
-        )
-        return first + (last - first) * (rows - low) / (high - low)
+    def of(self, num_slots: int, window: int) -> float:
+        """Seconds of a forward."""
+        place = num_slots, window
+        if place not in self.known:
+            self.num_measured += 1
+            # Processes that share a model must choose alike.
+            self.known[place] = told_by_first(self._measure(*place))
+        return self.known[place]
 
     def best_window(self, num_slots: int, *, examines_all: bool, leaves_out: bool = False) -> int:
         """The window with the fewest seconds per token; of equals the smallest.
 
         Args:
-            num_slots: that decode.
+            num_slots: that decode; rounded up to a power of two.
             examines_all: the whole set is scored whatever is accepted.
             leaves_out: a single slot forwards no rows beyond its set.
         """
+        num_slots = 1 << (num_slots - 1).bit_length()
+        best, least = 1, math.inf
+        for window in WINDOWS:
+            forced = 1 if leaves_out and num_slots == 1 else window
+            decided = forwards_per_decided(window, examines_all=examines_all)
+            seconds = FORCED_FRAC * self.of(num_slots, forced)
+            seconds += (1 - FORCED_FRAC) * decided * self.of(num_slots, window)
+            if seconds < least:
+                best, least = window, seconds
+            elif seconds > _TOO_SLOW * least:
+                break
+        return best
 
-        def seconds_per_token(window: int) -> float:
-            forced = 1 if leaves_out and num_slots == 1 else num_slots * window
-            decided = self.of(num_slots * window)
-            decided *= forwards_per_decided(window, examines_all=examines_all)
-            return FORCED_FRAC * self.of(forced) + (1 - FORCED_FRAC) * decided
 
-        return min(WINDOWS, key=seconds_per_token)
+class MeasuredCosts(StepCosts):
+    """The costs of a model on its device, kept from run to run.
 
-
-def measured_costs(lm: FrozenLM, capture: Capture | None) -> StepCosts:
-    """The costs of this model on its device: as found in an earlier run, or measured now.
-
-    They are kept in ``$XDG_CACHE_HOME/mara_fast/step_costs.json`` (``~/.cache/...``), by device,
-    model and versions.
+    They are in ``$XDG_CACHE_HOME/mara_fast/step_costs.json`` (``~/.cache/...``), by device, model
+    and versions.
 
     Args:
         lm: the language model.
         capture: how its steps are captured; None: they run eagerly.
     """
-    key, path = _key(lm, capture), _cache_path()
-    known = _read(path)
-    seconds = known.get(key)
-    if not isinstance(seconds, list) or len(seconds) != len(_ROWS):
-        seconds = _measure(lm, capture)
-        _write(path, key, seconds)
-    # Processes that share a model must choose alike.
-    return StepCosts(_ROWS, told_by_first(seconds))
+
+    def __init__(self, lm: FrozenLM, capture: Capture | None) -> None:
+        self._key = _key(lm, capture)
+        super().__init__(lambda *place: _measure(lm, capture, *place), _read(self._key))
+
+    def best_window(self, num_slots: int, *, examines_all: bool, leaves_out: bool = False) -> int:
+        """See :meth:`StepCosts.best_window`."""
+        before = self.num_measured
+        best = super().best_window(num_slots, examines_all=examines_all, leaves_out=leaves_out)
+        if self.num_measured > before:
+            _write(self._key, self.known)
+        return best
 
 
 @torch.inference_mode()
-def _measure(lm: FrozenLM, capture: Capture | None) -> list[float]:
+def _measure(lm: FrozenLM, capture: Capture | None, num_slots: int, window: int) -> float:
     device = lm.device
-    cache = SlotCache(num_slots=1, max_length=_CONTEXT, scratch=_ROWS[-1])
-    length = torch.full((1,), _CONTEXT, device=device)
-    cache.select(slice(0, 1), base=_CONTEXT)
+    cache = SlotCache(num_slots=num_slots, max_length=_CONTEXT, scratch=window)
+    cache.select(slice(0, num_slots), base=_CONTEXT)
+    length = torch.full((num_slots,), _CONTEXT, device=device)
+    ids = torch.zeros(num_slots, window, dtype=torch.int64, device=device)
+    rows = NewRows(lengths=length, tree=siblings(window, device), base=_CONTEXT)
+    positions = (length - 1)[:, None].expand_as(ids)
 
-    def call_of(num_rows: int) -> Callable[[], None]:
-        ids = torch.zeros(1, num_rows, dtype=torch.int64, device=device)
-        rows = NewRows(lengths=length, tree=siblings(num_rows, device), base=_CONTEXT)
-        positions = (length - 1)[:, None].expand_as(ids)
+    def forward() -> None:
+        context = TreeContext(rows=rows)
+        lm.hidden_states(ids, positions=positions, cache=cache, context=context)
 
-        def forward() -> None:
-            context = TreeContext(rows=rows)
-            lm.hidden_states(ids, positions=positions, cache=cache, context=context)
-
-        # Loads and compiles what a capture needs.
-        forward()
-        if capture is None:
-            return forward
+    # Loads and compiles what a capture needs.
+    forward()
+    call: Callable[[], None] = forward
+    if capture is not None:
         try:
-            return capture(forward)
+            call = capture(forward)
         except RuntimeError:
-            return forward
-
-    found = []
-    # The most memory first.
-    for num_rows in reversed(_ROWS):
-        call = call_of(num_rows)
-        found.append(statistics.median(_seconds(call, device) for _ in range(_ROUNDS)))
-    return found[::-1]
+            call = forward
+    return statistics.median(_seconds(call, device) for _ in range(_ROUNDS))
 
 
 def _seconds(call: Callable[[], None], device: torch.device) -> float:
@@ -193,19 +195,33 @@ def _cache_path() -> Path:
     return Path(home) / "mara_fast/step_costs.json"
 
 
-def _read(path: Path) -> dict[str, object]:
+def _read_all() -> dict[str, dict[str, float]]:
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(_cache_path().read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
-def _write(path: Path, key: str, seconds: list[float]) -> None:
+def _read(key: str) -> dict[tuple[int, int], float]:
+    known = {}
+    try:
+        for place, seconds in _read_all().get(key, {}).items():
+            num_slots, window = map(int, place.split("x"))
+            known[num_slots, window] = float(seconds)
+    # Somebody else's, or damaged: measured anew.
+    except (AttributeError, TypeError, ValueError):
+        return {}
+    return known
+
+
+def _write(key: str, known: dict[tuple[int, int], float]) -> None:
+    path = _cache_path()
+    plain = {f"{slots}x{window}": seconds for (slots, window), seconds in sorted(known.items())}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(_read(path) | {key: seconds}, indent=1), encoding="utf-8")
+        beside.write_text(json.dumps(_read_all() | {key: plain}, indent=1), encoding="utf-8")
         os.replace(beside, path)
     except OSError as error:
         _logger.info("the measured step costs could not be kept: %s", error)

@@ -1,6 +1,7 @@
 """The automatic window: a cost measured once, and the window that is cheapest by it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from exactness import check_exact, random_agent
 from mara_fast import Engine
 from mara_fast.window import (
     WINDOWS,
+    MeasuredCosts,
     StepCosts,
     forwards_per_decided,
-    measured_costs,
     steady_window,
 )
 from tape import TapeCapture
@@ -32,30 +33,37 @@ def test_forwards_of_the_profile() -> None:
         assert found == sorted(found, reverse=True) and found[-1] == pytest.approx(1)
 
 
-def test_costs_between_and_beyond_what_was_measured() -> None:
-    costs = StepCosts([1, 2, 4], [1.0, 3.0, 4.0])
-    assert [costs.of(rows) for rows in (1, 2, 3, 4, 8)] == [1.0, 3.0, 3.5, 4.0, 6.0]
-    # Nobody pays more for fewer rows: they can be padded.
-    assert StepCosts([1, 2, 4], [5.0, 9.0, 4.0]).seconds == [4.0, 4.0, 4.0]
-    for rows in ([1], [2, 1], [1, 1]):
-        with pytest.raises(ValueError, match="expected two rising numbers of rows"):
-            StepCosts(rows, [1.0] * len(rows))
+def by_rows(seconds: Callable[[int], float]) -> StepCosts:
+    """Costs that depend on the number of rows alone."""
+    return StepCosts(lambda num_slots, window: seconds(num_slots * window))
 
 
 def test_the_cheapest_window() -> None:
-    free = StepCosts([1, 160, 320], [1.0, 1.0, 2.0])
+    free = by_rows(lambda rows: max(1.0, rows / 160))
     windows = [free.best_window(slots, examines_all=False) for slots in (1, 8, 32, 160)]
     assert windows[0] == windows[1] == 10 and 1 < windows[2] < 10 and windows[3] == 1
-    by_row = StepCosts([1, 2], [1.0, 2.0])
-    assert by_row.best_window(1, examines_all=False) == 1
-    assert by_row.best_window(1, examines_all=True) in (1, 2, 5, 10)
+    assert by_rows(float).best_window(1, examines_all=False) == 1
+    flat = by_rows(lambda rows: 1.0)
+    assert flat.best_window(64, examines_all=True) == 10
     # Where a forced token costs one row, two are worth it sooner.
-    some = StepCosts([1, 2, 3], [1.0, 1.3, 9.0])
+    some = by_rows({1: 1.0, 2: 1.3, 3: 9.0}.__getitem__)
     assert some.best_window(1, examines_all=False) == 1
     assert some.best_window(1, examines_all=False, leaves_out=True) == 2
-    assert some.best_window(2, examines_all=False, leaves_out=True) == 1
-    flat = StepCosts([1, 2], [1.0, 1.0])
-    assert flat.best_window(64, examines_all=True) == 10
+
+
+def test_only_what_matters_is_measured_and_once() -> None:
+    asked: list[tuple[int, int]] = []
+
+    def measure(num_slots: int, window: int) -> float:
+        asked.append((num_slots, window))
+        return float(num_slots * window)
+
+    costs = StepCosts(measure, {(4, 1): 4.0})
+    for num_slots in (3, 4, 3):
+        assert costs.best_window(num_slots, examines_all=False) == 1
+    # By powers of two, and no wider ones once a window is far too slow.
+    assert asked == [(4, 2)] or asked == [(4, 2), (4, 3)]
+    assert costs.num_measured == len(asked)
 
 
 @pytest.fixture
@@ -67,24 +75,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("capture", [None, TapeCapture()])
 def test_measured_once_and_kept(capture: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = Engine(ARCHITECTURES["llama"](), False).lm
-    costs = measured_costs(lm, capture)
-    assert costs.rows[0] == 1 and all(second > 0 for second in costs.seconds)
+    costs = MeasuredCosts(lm, capture)
+    best = costs.best_window(2, examines_all=False)
     [(key, seconds)] = json.loads(cache.read_text()).items()
     assert "LlamaForCausalLM" in key and ("captured" in key) is (capture is not None)
+    assert "2x1" in seconds and all(value > 0 for value in seconds.values())
     monkeypatch.setattr(mara_fast.window, "_measure", lambda *args: pytest.fail("again"))
-    assert (
-        measured_costs(lm, capture).seconds
-        == costs.seconds
-        == StepCosts(costs.rows, seconds).seconds
-    )
+    again = MeasuredCosts(lm, capture)
+    assert again.known == costs.known and again.best_window(2, examines_all=False) == best
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"x": 3}', "{"])
+@pytest.mark.parametrize("content", ["", "[]", '{"KEY": 3}', '{"KEY": {"2": 1}}', "{"])
 def test_what_is_damaged_is_measured_anew(content: str, cache: Path) -> None:
-    cache.parent.mkdir(parents=True)
-    cache.write_text(content)
     lm = Engine(ARCHITECTURES["llama"](), False).lm
-    measured_costs(lm, None)
+    cache.parent.mkdir(parents=True)
+    cache.write_text(content.replace("KEY", mara_fast.window._key(lm, None)))
+    costs = MeasuredCosts(lm, None)
+    assert not costs.known and costs.best_window(1, examines_all=True) in WINDOWS
     assert json.loads(cache.read_text())
 
 
@@ -93,7 +100,8 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    measured_costs(Engine(ARCHITECTURES["llama"](), False).lm, None)
+    costs = MeasuredCosts(Engine(ARCHITECTURES["llama"](), False).lm, None)
+    assert costs.best_window(1, examines_all=False) in WINDOWS
 
 
 @pytest.mark.parametrize("host_reads", [True, False])
@@ -102,7 +110,7 @@ def test_the_window_follows_the_slots(host_reads: bool, monkeypatch: pytest.Monk
     monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: host_reads)
     model = ARCHITECTURES["llama"]()
     engine = Engine(model, random_agent(48), max_batch_size=4, prefill_chunk=5)
-    engine._costs = StepCosts([1, 8, 16], [1.0, 1.0, 2.5])
+    engine._costs = by_rows(lambda rows: max(1.0, rows / 8))
     config = engine.config()
     windows = [engine.window(config, slots) for slots in (1, 2, 4)]
     assert windows[0] > windows[1] > windows[2] >= 1
