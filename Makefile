@@ -38,7 +38,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types unit slow gpu interpreted compiled gpu-tests gpu-memory \
-        gpu-bench reproduce-tiny tables folds bench format clean
+        gpu-bench reproduce-tiny tables folds bench micro format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -96,6 +96,12 @@ gpu-memory: $(DEV)
 
 gpu-bench: $(USE)
 	@$(PATHS) $(RUN) benchmarks/kernel_speed.py --output $(RESULTS)/kernel_speed_gpu.json
+	@if $(RUN) -c 'import pytest_benchmark' 2>/dev/null; then \
+	  $(RUN) -m pytest -q benchmarks/test_micro.py --benchmark-only \
+	    --benchmark-json=$(RESULTS)/micro_gpu.json; \
+	else \
+	  echo "make gpu: no pytest-benchmark here, the operations are not timed by themselves"; \
+	fi
 	@$(PATHS) $(RUN) -m mara_fast.bench.cli --model llama-3.1-8b --batch-sizes 1,16,32,64 --targets \
 	  --output-json $(RESULTS)/bench_gpu.json
 
@@ -113,6 +119,10 @@ folds: $(DEV) ## the tiny world anew for every fold of its instructions that nob
 bench: $(USE) ## measure decoding and training on this machine against the authors' schemes
 	@$(PATHS) $(RUN) -m mara_fast.bench.cli --targets --output-json $(RESULTS)/bench.json
 	@$(PATHS) $(RUN) benchmarks/training_speed.py
+
+micro: $(DEV) ## time the operations of a step, each by itself (pytest-benchmark)
+	@$(RUN) -m pytest -q benchmarks/test_micro.py --benchmark-only \
+	  --benchmark-columns=min,median,max,rounds --benchmark-group-by=func
 
 format: $(DEV) ## let ruff fix and format the code
 	@$(RUN) -m ruff check --fix .
