@@ -1,8 +1,8 @@
 """The command ``mara-fast``."""
 
 import dataclasses
-import os
 import sys
+from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -213,7 +213,9 @@ def generate(
         "prompt_format": prompt_format,
         "trace": trace,
     }
-    with clear_errors():
+    with ExitStack() as stack, clear_errors():
+        from mara_fast.tensor_parallel import check_alone, check_processes, silenced
+
         if num_gpus is not None and input_path is None:
             raise ValueError("--num-gpus needs --input; one prompt is for one engine")
         if num_gpus is not None and tensor_parallel:
@@ -231,11 +233,10 @@ def generate(
         if input_path is None:
             prompt = _stdin_prompt() if prompt is None else prompt
         if tensor_parallel:
-            from mara_fast.tensor_parallel import check_processes
-
             if check_processes():
-                # All processes do the same, and one says so.
-                sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+                stack.enter_context(silenced())
+        else:
+            check_alone()
         given = _yaml(config_path) | {k: v for k, v in options.items() if v is not None}
         _check_options(preset, given)
         if input_path is not None:

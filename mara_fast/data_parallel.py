@@ -9,6 +9,7 @@ started again by Ray, and its block with it.
 import dataclasses
 import importlib.util
 import logging
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class ParallelEngine:
         if not prompts:
             return
         owns_ray = not ray.is_initialized()
+        # Its core warns of what is as it should be.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         if owns_ray:
             ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         try:

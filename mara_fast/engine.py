@@ -93,17 +93,22 @@ class Engine:
             above=0,
             maximum=1,
         )
-        if cuda_graph not in (True, False, "auto"):
+        if not isinstance(cuda_graph, bool) and cuda_graph != "auto":
             raise ValueError(
                 f"cuda_graph={cuda_graph!r} is not allowed; allowed: True, False, 'auto'"
             )
         if not isinstance(compile, bool):
             import torch._dynamo as dynamo
 
-            if compile not in (known := dynamo.list_backends(exclude_tags=())):
+            if compile not in dynamo.list_backends(exclude_tags=()):
+                known = ", ".join(dynamo.list_backends())
                 raise ValueError(
-                    f"compile={compile!r} is not allowed; allowed: True, False, {', '.join(known)}"
+                    f"compile={compile!r} is not allowed; allowed: True, False, {known}"
                 )
+        if not isinstance(tensor_parallel, bool):
+            raise ValueError(
+                f"tensor_parallel={tensor_parallel!r} is not allowed; allowed: True, False"
+            )
         if not (tokenizer is None or tokenizer is False or hasattr(tokenizer, "decode")):
             raise ValueError(
                 f"tokenizer must be a tokenizer, None or False, got {type(tokenizer).__name__}"

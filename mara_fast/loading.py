@@ -59,6 +59,8 @@ def load_model(
             f"model must be a hub id, a path, a PreTrainedModel or {TINY!r}, "
             f"got {type(model).__name__}"
         )
+    if looks_like_path(model) and not os.path.isdir(model):
+        raise FileNotFoundError(f"model {os.fspath(model)!r}: there is no such folder")
     place = choose_device(device)
     kind = choose_dtype(dtype, place)
     if tensor_parallel:
@@ -75,6 +77,12 @@ def load_model(
         return lm.to(place)
     with named("model", model):
         return AutoModelForCausalLM.from_pretrained(model, dtype=kind).to(place).eval()
+
+
+def looks_like_path(source: "str | os.PathLike[str]") -> bool:
+    """It cannot be a hub id."""
+    text = os.fspath(source)
+    return text.startswith((".", "~", os.sep)) or text.count("/") > 1
 
 
 @contextmanager

@@ -81,7 +81,7 @@ def plan_pools(
             raise ValueError(
                 f"prompt {waiting[0]} needs {lengths[waiting[0]]} positions, {each / 1e9:.3g} GB "
                 f"of keys and values; there is room for {budget / 1e9:.3g} GB: shorten it, lower "
-                "max_new_tokens or prefill_chunk, or free memory"
+                "max_new_tokens or prefill_chunk, raise memory_utilization, or free memory"
             )
         if fitting >= min(max_slots, len(waiting)):
             members, waiting = waiting, []

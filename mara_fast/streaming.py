@@ -75,4 +75,4 @@ def _settled_text(run: "Run", ids: list[int]) -> str:
         return ""
     text = decode_text(tokenizer, ids).rstrip("\N{REPLACEMENT CHARACTER}")
     held_back = max((len(stop) - 1 for stop in run.config.stop_strings), default=0)
-    return text[: len(text) - held_back]
+    return text[: max(0, len(text) - held_back)]

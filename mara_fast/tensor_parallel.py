@@ -5,14 +5,18 @@ all processes decide the same, from the same states: those of process 0
 """
 
 import os
-from collections.abc import Iterable
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
+
+
+_HEAD_START_S = 3.0
 
 
 def check_processes() -> int:
@@ -26,8 +30,35 @@ def check_processes() -> int:
     return int(os.environ["RANK"])
 
 
+@contextmanager
+def silenced() -> Iterator[None]:
+    """Of processes that do the same, one speaks; the others are heard only by what they return."""
+    kept = sys.stdout, sys.stderr
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        try:
+            yield
+        except BaseException:
+            # torchrun stops all when one fails: the first has to say why before that.
+            time.sleep(_HEAD_START_S)
+            raise
+        finally:
+            sys.stdout, sys.stderr = kept
+
+
+def check_alone() -> None:
+    """Raises a ValueError if torchrun started several processes: all would do all the work."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, each of which would answer "
+            "everything: give --tensor-parallel, or leave torchrun out"
+        )
+
+
 def is_first() -> bool:
     """This process is the one that writes: number 0 of those that share a model, or alone."""
+    import torch
+
     return not _is_initialized() or torch.distributed.get_rank() == 0
 
 
@@ -50,7 +81,7 @@ def load_sharded(path: str | os.PathLike[str], *, dtype: Any) -> "PreTrainedMode
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **_plan()).eval()
 
 
-def is_sharded(parameters: Iterable[Tensor]) -> bool:
+def is_sharded(parameters: "Iterable[Tensor]") -> bool:
     """Some of them are parts of tensors that several processes hold."""
     if not _is_initialized():
         return False
@@ -59,8 +90,10 @@ def is_sharded(parameters: Iterable[Tensor]) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in parameters)
 
 
-def of_first(tensor: Tensor) -> Tensor:
+def of_first(tensor: "Tensor") -> "Tensor":
     """What process 0 has. Sums over processes may round differently; one decision must not."""
+    import torch
+
     tensor = tensor.contiguous()
     torch.distributed.broadcast(tensor, src=0)
     return tensor
@@ -68,6 +101,8 @@ def of_first(tensor: Tensor) -> Tensor:
 
 def told_by_first(value: Any) -> Any:
     """A Python value of process 0, in all."""
+    import torch
+
     if not _is_initialized():
         return value
     told = [value]
@@ -76,6 +111,8 @@ def told_by_first(value: Any) -> Any:
 
 
 def _is_initialized() -> bool:
+    import torch
+
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 

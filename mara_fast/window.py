@@ -25,7 +25,7 @@ from mara_fast.cache import SlotCache
 from mara_fast.language_model import FrozenLM
 from mara_fast.step_graphs import Capture
 from mara_fast.tensor_parallel import told_by_first
-from mara_kernels.attention import NewRows, siblings
+from mara_kernels.attention import NewRows, chain, siblings
 
 WINDOWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40)
 
@@ -151,6 +151,11 @@ def _measure(lm: FrozenLM, capture: Capture | None, num_slots: int, window: int)
     cache.select(slice(0, num_slots), base=_CONTEXT)
     length = torch.full((num_slots,), _CONTEXT, device=device)
     ids = torch.zeros(num_slots, window, dtype=torch.int64, device=device)
+    # Allocates the cache, which a compiled step must find in place.
+    first = NewRows(lengths=length, tree=chain(1, device), base=_CONTEXT)
+    lm.hidden_states(
+        ids[:, :1], positions=length[:, None] - 1, cache=cache, context=TreeContext(rows=first)
+    )
     rows = NewRows(lengths=length, tree=siblings(window, device), base=_CONTEXT)
     positions = (length - 1)[:, None].expand_as(ids)
 

@@ -1,12 +1,14 @@
 """Compiled decode steps: one graph without a break on every architecture, and the same tokens."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import mara_fast.attention
+import mara_fast.window
 from architectures import ARCHITECTURES, OTHER_ARCHITECTURES, random_prompt
 from exactness import check_exact, random_agent
 from mara_fast import Engine
@@ -53,6 +55,16 @@ def test_one_graph_per_shape(name: str) -> None:
     assert not counters["graph_break"]
     # A full batch, and the last sequence alone.
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
+
+
+def test_an_automatic_window_is_measured_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(mara_fast.window, "WINDOWS", (1, 2))
+    engine = compiled(ARCHITECTURES["llama"]())
+    check_exact(engine, prompts_for(engine)[:1], max_new_tokens=4)
+    assert "compiled" in (tmp_path / "mara_fast/step_costs.json").read_text()
 
 
 def test_graphs_are_kept_between_runs() -> None:

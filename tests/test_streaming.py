@@ -252,3 +252,17 @@ def test_progress(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.out == ""
     assert f"{len(PROMPTS)}/{len(PROMPTS)}" in shown.err
     assert f"tokens={sum(len(r.token_ids) for r in results)}" in shown.err
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8, 13])
+def test_streams_hold_back_every_beginning_of_a_stop_string(count: int) -> None:
+    """Stop strings that end within a token, longer than the text so far."""
+    engine = speaker.engine()
+    [whole] = engine.generate("Tell me a story.", **OPTIONS)
+    for start in range(0, len(whole.text) - count, 3):
+        stop = whole.text[start : start + count]
+        options = OPTIONS | {"stop_strings": [stop]}
+        [result] = engine.generate("Tell me a story.", **options)
+        events = list(engine.stream("Tell me a story.", **options))
+        assert "".join(event.text for event in events) == result.text
+        assert result.text == whole.text[: whole.text.find(stop)]

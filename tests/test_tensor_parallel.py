@@ -61,6 +61,20 @@ def test_the_command_speaks_once_and_resumes(tmp_path: Path) -> None:
     assert result.stdout.strip() == plain[0].text
 
 
+def test_without_the_flag_nothing_is_done_twice() -> None:
+    result = torchrun("-m", "mara_fast.cli", "generate", "Hi")
+    assert result.returncode != 0 and result.stdout == ""
+    assert "torchrun started 2 processes, each of which would answer" in result.stderr
+
+
+def test_the_first_process_says_what_is_wrong() -> None:
+    result = torchrun(
+        "-m", "mara_fast.cli", "generate", "--tensor-parallel", "-m", "/no/model", "x"
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("model '/no/model': there is no such folder") == 1
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

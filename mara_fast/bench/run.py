@@ -7,6 +7,7 @@ decodes an answer and then its correction; only the correction's tokens count, a
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,16 @@ def run(config: BenchConfig, *, show_targets: bool, output: Path | None) -> dict
         show_targets: judge the targets of the device.
         output: JSON file; a plot goes beside it, where matplotlib is installed.
     """
+    if output is not None:
+        # Found before the run, not after it.
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"output_json={str(output)!r}: {output.parent} is no folder"
+            ) from error
+        if not os.access(output.parent, os.W_OK | os.X_OK):
+            raise ValueError(f"output_json={str(output)!r}: {output.parent} cannot be written to")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console = Console()
@@ -120,7 +131,6 @@ def run(config: BenchConfig, *, show_targets: bool, output: Path | None) -> dict
         found["targets"] = targets.judge(found["batches"], device=device.type)
         report.print_targets(console, found["targets"])
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         try:
             report.plot(found, output.with_suffix(".png"))

@@ -98,6 +98,7 @@ def test_a_real_model(tmp_path: Path) -> None:
         (("--systems", "2"), "systems='2' leaves MARA, ours (1) out"),
         (("--dtype", "int8"), "dtype='int8' is not known"),
         (("--device", "abacus"), "device='abacus' is not known"),
+        (("--output-json", "/dev/null/x.json"), "/dev/null is no folder"),
         (("--output-json", "."), "Invalid value for '--output-json'"),
     ],
 )

@@ -17,6 +17,7 @@ from typing import Any, Self
 import yaml
 
 from mara_fast.jsonl import read_prompts
+from mara_fast.loading import looks_like_path
 from mara_fast.options import from_yaml, several
 from mara_fast.tiny.grammar import instructions
 from mara_train.config import SECTIONS, MaraConfig
@@ -174,7 +175,7 @@ def load_rewards(specs: Sequence[str]) -> list[Any]:
             if spec.endswith(".py") or _is_module(spec):
                 module = spec.removesuffix(".py").replace(os.sep, ".")
                 raise ValueError(f"reward {spec!r} names no function; expected {module}:function")
-            if spec.startswith((".", "~", os.sep)):
+            if looks_like_path(spec):
                 raise FileNotFoundError(f"reward {spec!r}: there is no such folder")
             rewards.append(spec)
             continue
