@@ -31,13 +31,21 @@ def facts_of(device: torch.device, dtype: torch.dtype, *packages: str) -> dict[s
 def facts(hardware: str, *packages: str) -> dict[str, Any]:
     """The head of any report."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(_command(sys.argv)),
         "date": date.today().isoformat(),
         "hardware": hardware,
         "versions": {"mara-fast": mara_fast.__version__}
         | {name: version(name) for name in ("torch", *packages)},
         "commit": commit(),
     }
+
+
+def _command(arguments: list[str]) -> list[str]:
+    """As it is typed; an installed command without the folder that it lies in."""
+    program, *rest = arguments
+    if not program.endswith(".py"):
+        return [Path(program).name, *rest]
+    return ["python", Path(program).name if Path(program).is_absolute() else program, *rest]
 
 
 def commit() -> str:

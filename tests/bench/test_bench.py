@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mara_fast import DecodingStats
-from mara_fast.bench import measure, report, targets
+from mara_fast.bench import facts, measure, report, targets
 from mara_fast.bench.cli import app
 from mara_fast.bench.model import SHAPES, calibrate, random_llama
 from mara_fast.bench.run import BenchConfig
@@ -150,3 +150,21 @@ def test_targets_name_what_is_missing() -> None:
 def test_threads_and_defaults() -> None:
     config = BenchConfig(device="cpu")
     assert config.sizes == [1, 16] and len(config.names) == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["/home/me/venv/bin/mara-fast", "bench", "--seed", "1"], "mara-fast bench --seed 1"),
+        (
+            ["benchmarks/tiny_folds.py", "--folder", "a b"],
+            "python benchmarks/tiny_folds.py --folder 'a b'",
+        ),
+        (["/home/me/mara/cli.py", "--targets"], "python cli.py --targets"),
+    ],
+)
+def test_a_report_names_no_folder_of_the_machine(
+    arguments: list[str], command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", arguments)
+    assert facts.facts("a machine")["command"] == command
