@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -22,18 +23,24 @@ from mara_kernels.cascade import (
 
 
 def decide_in_windows(
-    d_by_rank: list[float], rule: CascadeRule, window: int, sequence: int, position: int
+    d_by_rank: list[float],
+    rule: CascadeRule,
+    window: int,
+    sequence: int,
+    position: int,
+    counts: Sequence[int] | None = None,
 ) -> tuple[int, bool, int]:
-    """Index tried, verdict and windows used for one position."""
+    """Index tried, verdict and windows used for one position, in windows of so many candidates."""
     size = len(d_by_rank)
     held = Held.empty(1, "cpu")
     best, offset = -1, 0
     for used in itertools.count(1):
         tried = torch.arange(offset, offset + window)
+        count = window if counts is None else counts[used % len(counts)]
         rank = rank_of_tried(tried, torch.tensor(size), rule.order)
         # Rows past the set hold garbage.
         d = [
-            d_by_rank[int(r)] if int(t) < size else math.nan
+            d_by_rank[int(r)] if int(t) < min(size, offset + count) else math.nan
             for t, r in zip(tried, rank, strict=True)
         ]
         decision = cascade(
@@ -44,6 +51,7 @@ def decide_in_windows(
             rule=rule,
             sequence=torch.tensor([sequence]),
             position=torch.tensor([position]),
+            count=None if counts is None else torch.tensor([count]),
         )
         assert not decision.invalid
         held = decision.held
@@ -51,7 +59,7 @@ def decide_in_windows(
             best = offset + int(decision.row)
         if decision.decided:
             return best, bool(held.accepted), used
-        offset += window
+        offset += count
 
 
 def decide_by_loop(
@@ -110,6 +118,9 @@ def test_every_rule_in_every_window(
             assert tuple(decision) == expected
             examined = expected[0] + 1 if strategy == "first" and expected[1] else size
             assert used == -(-examined // window)
+        for counts in ((1,), (0, 3, 1), (4, 2), (2, 0)):
+            *decision, _ = decide_in_windows(d, rule, 4, 2**40 + case, case, counts)
+            assert tuple(decision) == expected
 
 
 def test_acceptance_is_strict() -> None:

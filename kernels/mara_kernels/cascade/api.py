@@ -18,6 +18,7 @@ def cascade(
     rule: CascadeRule,
     sequence: Tensor,
     position: Tensor,
+    count: Tensor | None = None,
 ) -> Decision:
     """Decides a window of candidates per slot.
 
@@ -38,6 +39,8 @@ def cascade(
         rule: acceptance, strategy, fallback, order, seed.
         sequence: int64 [B], index of the sequence, keys the draw.
         position: int64 [B], index of the output token, keys the draw.
+        count: int64 [B], candidates of the window that a slot really has, 0 to W; what lies in the
+            columns behind them is ignored. None: W of every slot.
 
     Returns:
         The decision. No host synchronisation.
@@ -60,6 +63,8 @@ def cascade(
         ("position", position),
     ):
         check_tensor(name, tensor, (num_slots,), torch.int64)
+    if count is not None:
+        check_tensor("count", count, (num_slots,), torch.int64)
     check_tensor("held.accepted", held.accepted, (num_slots,), torch.bool)
     check_tensor("held.preference", held.preference, (num_slots,), torch.float32)
     check_tensor("held.log_residual", held.log_residual, (num_slots,), torch.float32)
@@ -79,4 +84,5 @@ def cascade(
             rule=rule,
             sequence=sequence,
             position=position,
+            count=count,
         )

@@ -37,6 +37,7 @@ def decide(
     log_residual_ptr,  # float32 [B]
     sequence_ptr,  # int64 [B]
     position_ptr,  # int64 [B]
+    count_ptr,  # int64 [B], read if RAGGED
     row_ptr,  # int64 [B]
     decided_ptr,  # bool [B]
     invalid_ptr,  # bool [B]
@@ -53,16 +54,22 @@ def decide(
     STRATEGY: tl.constexpr,
     FALLBACK: tl.constexpr,
     ORDER: tl.constexpr,
+    RAGGED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     in_window = column < window
-    d = tl.load(logit_ptr + slot * logit_stride + column, mask=in_window, other=0.0)
+    width = window
+    if RAGGED:
+        count = tl.load(count_ptr + slot).to(tl.int32)
+        width = tl.minimum(tl.maximum(count, 0), window)
+    has_row = column < width
+    d = tl.load(logit_ptr + slot * logit_stride + column, mask=has_row, other=0.0)
     offset = tl.load(offset_ptr + slot).to(tl.int32)
     size = tl.load(size_ptr + slot).to(tl.int32)
     tried = offset + column
-    inside = in_window & (tried < size)
+    inside = has_row & (tried < size)
     forced = size == 1
 
     if SAMPLED or STRATEGY == "random":
@@ -122,7 +129,7 @@ def decide(
     )
     better = better & any_inside
 
-    ends = offset + window >= size
+    ends = offset + width >= size
     asked = inside & (forced == 0)
     if STRATEGY == "first":
         ends = ends | any_accepted
@@ -134,7 +141,7 @@ def decide(
 
     # Eq. 6: accepted, and everything before rejected. The sum up to the one before is made of the
     # logits before, not by subtraction: a certain candidate would cancel it away.
-    is_before = (column >= 1) & (column <= window) & (tried - 1 < size)
+    is_before = (column >= 1) & (column <= width) & (tried - 1 < size)
     d_before = tl.load(logit_ptr + slot * logit_stride + column - 1, mask=is_before, other=0.0)
     log_reject = tl.where(is_before, _log_sigmoid(threshold_logit - d_before), 0.0)
     log_rejected = residual + tl.cumsum(log_reject, axis=0)
@@ -159,6 +166,7 @@ def cascade_triton(
     rule: CascadeRule,
     sequence: Tensor,
     position: Tensor,
+    count: Tensor | None = None,
 ) -> Decision:
     """The launch; arguments as those of the operation."""
     num_slots, window = accept_logit_BW.shape
@@ -188,6 +196,7 @@ def cascade_triton(
         *(tensor.contiguous() for tensor in held),
         sequence.contiguous(),
         position.contiguous(),
+        offset if count is None else count.contiguous(),
         decision.row,
         decision.decided,
         decision.invalid,
@@ -202,6 +211,7 @@ def cascade_triton(
         STRATEGY=rule.strategy,
         FALLBACK=rule.fallback,
         ORDER=rule.order,
+        RAGGED=count is not None,
         BLOCK=max(2, triton.next_power_of_2(window)),
         num_warps=1,
     )

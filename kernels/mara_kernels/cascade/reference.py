@@ -124,13 +124,15 @@ def cascade(
     rule: CascadeRule,
     sequence: Tensor,
     position: Tensor,
+    count: Tensor | None = None,
 ) -> Decision:
     """Decides a window of candidates per slot; arguments as those of the operation."""
     d = accept_logit_BW
     num_slots, window = d.shape
     column = torch.arange(window, device=d.device)
     tried = offset[:, None] + column
-    inside = tried < size[:, None]
+    end = offset + (window if count is None else count.clamp(0, window))
+    inside = tried < torch.minimum(size, end)[:, None]
     rank = rank_of_tried(tried, size[:, None], rule.order)
     forced = size == 1
 
@@ -167,7 +169,7 @@ def cascade(
     better &= inside.any(-1)
 
     ends = any_accepted if rule.strategy == "first" else torch.zeros_like(any_accepted)
-    decided = inside.any(-1) & (ends | (offset + window >= size))
+    decided = inside.any(-1) & (ends | (end >= size))
 
     # Only a candidate that the sequential cascade would have asked can be invalid.
     asked = inside & ~forced[:, None]
