@@ -1,5 +1,6 @@
 """The ways ``mara-fast generate`` answers: one prompt as it is decided, or many, into a file."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,8 @@ from tqdm import tqdm
 
 from mara_fast.config import DecodingConfig
 from mara_fast.jsonl import NoFile, PromptRecord, ResultFile, json_line
-from mara_fast.outputs import DecodingStats
+from mara_fast.outputs import DecodingStats, Generation
+from mara_fast.prompts import PromptError
 from mara_fast.tensor_parallel import is_first, told_by_first
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def answer_lines(
 ) -> None:
     """Results to standard output, in order of completion."""
     total, failed = DecodingStats(), 0
-    for index, generation in engine.as_completed([r.prompt for r in records], config):
+    for index, generation in _started(engine, config, records):
         typer.echo(json_line({"id": records[index].id} | generation.to_dict()))
         total += generation.stats
         failed += generation.error is not None
@@ -77,17 +79,7 @@ def answer_file(
         total, failed = DecodingStats(), 0
         with tqdm(total=len(records), initial=len(records) - len(todo), unit="prompt") as bar:
             try:
-                run = engine.as_completed(
-                    [record.prompt for record in todo],
-                    config,
-                    sequence_ids=[record.sequence for record in todo],
-                )
-            except ValueError as error:
-                if results.done:
-                    raise ValueError(f"of the {len(todo)} prompts left, {error}") from error
-                raise
-            try:
-                for index, generation in run:
+                for index, generation in _started(engine, config, todo):
                     results.write(todo[index].id, generation)
                     total += generation.stats
                     failed += generation.error is not None
@@ -104,6 +96,21 @@ def answer_file(
     typer.echo(f"{output_path}: {len(records)} results; {summary(total)}", err=True)
     if failed:
         raise ValueError(f"{failed} prompts ended in an error; see error in {output_path}")
+
+
+def _started(
+    engine: "AnyEngine", config: DecodingConfig, records: list[PromptRecord]
+) -> Iterator[tuple[int, Generation]]:
+    """The run over some records; what is wrong with a prompt is said of its record."""
+    try:
+        return engine.as_completed(
+            [record.prompt for record in records],
+            config,
+            sequence_ids=[record.sequence for record in records],
+        )
+    except PromptError as error:
+        record = records[error.index]
+        raise ValueError(f"{record.where}: prompt {record.id!r}{error.problem}") from error
 
 
 def summary(stats: DecodingStats) -> str:

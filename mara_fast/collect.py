@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mara_fast.config import DecodingConfig
-from mara_fast.decoder import (
+from mara_fast.outputs import (
+    CandidateTrace,
+    DecodingStats,
+    FinishReason,
+    Generation,
+    TokenTrace,
+)
+from mara_fast.slot_state import (
     ACCEPTED,
     BAD_ACCEPT,
     BAD_LOGITS,
@@ -17,13 +24,6 @@ from mara_fast.decoder import (
     LENGTH,
     PLAIN,
     SlotState,
-)
-from mara_fast.outputs import (
-    CandidateTrace,
-    DecodingStats,
-    FinishReason,
-    Generation,
-    TokenTrace,
 )
 from mara_kernels.cascade import acceptance_uniforms, rank_of_tried
 
@@ -124,6 +124,11 @@ def token_traces(
     return tuple(traces)
 
 
+_MARGIN = 16
+"""Characters by which a text may differ at its beginning from the same tokens amid a longer one:
+a leading space dropped, the rest of a character."""
+
+
 def stop_position(
     ids: Sequence[int],
     *,
@@ -137,11 +142,32 @@ def stop_position(
         ids: tokens emitted so far.
         start: so many of them are known to complete none.
     """
+    if not _may_stop(ids, start, stop_strings, tokenizer):
+        return None
     for count in range(start + 1, len(ids) + 1):
         text = decode_text(tokenizer, ids[:count])
         if any(stop in text for stop in stop_strings):
             return count
     return None
+
+
+def _may_stop(
+    ids: Sequence[int],
+    start: int,
+    stop_strings: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+) -> bool:
+    """Whether the end of the text holds a stop string: a decision without decoding it all again."""
+    needed = max(map(len, stop_strings)) + _MARGIN
+    num_before = needed
+    while True:
+        first = max(0, start - num_before)
+        if not first or len(decode_text(tokenizer, ids[first:start])) >= needed:
+            break
+        # Special tokens and parts of a character have no text of their own.
+        num_before *= 2
+    text = decode_text(tokenizer, ids[first:])
+    return any(stop in text for stop in stop_strings)
 
 
 def decode_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:

@@ -31,6 +31,8 @@ class PromptRecord:
     """Number of the record: keys the draws, so that a resumed run draws the same."""
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False)
     """What else the record holds."""
+    where: str = field(default="", compare=False)
+    """File and line."""
 
 
 def read_prompts(path: Path) -> list[PromptRecord]:
@@ -76,7 +78,7 @@ def read_prompts(path: Path) -> list[PromptRecord]:
             )
         lines_of_ids[record_id] = where
         columns = {k: v for k, v in value.items() if k not in (keys[0], "id")}
-        records.append(PromptRecord(record_id, prompt, len(records), columns))
+        records.append(PromptRecord(record_id, prompt, len(records), columns, where))
     return records
 
 

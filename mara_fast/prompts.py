@@ -15,6 +15,19 @@ _FORMS = (
 )
 
 
+class PromptError(ValueError):
+    """What is wrong with one prompt of several.
+
+    Args:
+        index: which, from 0.
+        problem: goes on from its name.
+    """
+
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(f"prompt {index}{problem}")
+        self.index, self.problem = index, problem
+
+
 def encode_prompts(
     prompts: Any,
     *,
@@ -25,7 +38,7 @@ def encode_prompts(
     """Each prompt with its token ids.
 
     Raises:
-        ValueError: naming the prompt, for a form that is not known, an empty prompt, ids outside
+        PromptError: for a form that is not known, an empty prompt, ids outside
             the vocabulary, text without a tokenizer, or a chat its template refuses.
     """
     if isinstance(prompts, str) or is_chat(prompts):
@@ -39,13 +52,13 @@ def encode_prompts(
         elif is_token_ids(prompt):
             ids = list(map(operator.index, prompt))
         else:
-            raise ValueError(f"prompt {index} is {_shown(prompt)}; prompts must be {_FORMS}")
+            raise PromptError(index, f" is {_shown(prompt)}; prompts must be {_FORMS}")
         if not ids:
-            raise ValueError(f"prompt {index} is empty: it has no tokens; at least one is needed")
+            raise PromptError(index, " is empty: it has no tokens; at least one is needed")
         outside = [token for token in ids if not 0 <= token < vocab_size]
         if outside:
-            raise ValueError(
-                f"prompt {index} has token id {outside[0]}; the vocabulary is 0 to {vocab_size - 1}"
+            raise PromptError(
+                index, f" has token id {outside[0]}; the vocabulary is 0 to {vocab_size - 1}"
             )
         encoded.append((prompt, ids))
     return encoded
@@ -77,8 +90,8 @@ def _encode(
     index: int,
 ) -> list[int]:
     if tokenizer is None:
-        raise ValueError(
-            f"prompt {index} is text, but there is no tokenizer: pass one, or give token-id lists"
+        raise PromptError(
+            index, " is text, but there is no tokenizer: pass one, or give token-id lists"
         )
     has_template = bool(getattr(tokenizer, "chat_template", None))
     is_text = isinstance(prompt, str)
@@ -86,7 +99,7 @@ def _encode(
         prompt_format = "chat" if has_template or not is_text else "raw"
     if prompt_format == "raw":
         if not is_text:
-            raise ValueError(f'prompt {index} is a chat; prompt_format="raw" takes texts only')
+            raise PromptError(index, ' is a chat; prompt_format="raw" takes texts only')
         text = prompt
     elif has_template:
         chat = [{"role": "user", "content": prompt}] if is_text else list(prompt)
@@ -99,7 +112,7 @@ def _encode(
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"prompt {index} holds half a surrogate pair: {error}") from error
+        raise PromptError(index, f" holds half a surrogate pair: {error}") from error
     # The template writes the special tokens itself; the authors' code has them added once more.
     return list(tokenizer(text, add_special_tokens=prompt_format != "chat")["input_ids"])
 
@@ -111,7 +124,7 @@ def _templated(chat: list[Any], tokenizer: "PreTrainedTokenizerBase", index: int
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     # What a template does about a role or content that it does not expect.
     except (TemplateError, TypeError) as error:
-        raise ValueError(f"prompt {index}: the chat template refuses it: {error}") from error
+        raise PromptError(index, f": the chat template refuses it: {error}") from error
     return str(text)
 
 

@@ -417,11 +417,11 @@ def test_more_prompts_later(tmp_path: Path) -> None:
     prompts_file(path, {"prompt": "new"}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"})
     assert "with another prompt" in fails(*arguments)
     assert out.read_bytes() == before
-    # What is wrong with a prompt that is left is said as such.
+    # What is wrong with a prompt is said of its line.
     prompts_file(path, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "a"}, {"prompt": "x" * 600})
     result = run(*arguments)
     assert result.exit_code == FAILED
-    assert "of the 1 prompts left, prompt 0 has" in result.stderr
+    assert f"{path}, line 4: prompt 3 has" in " ".join(result.stderr.split())
     assert out.read_bytes() == before
 
 

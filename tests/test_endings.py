@@ -5,9 +5,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import speaker
 from mara_fast import DecodingConfig, Engine
+from mara_fast.collect import stop_position
 from speaker import EOS, OPTIONS, PROMPTS, VOCAB_SIZE, alone, same
 
 
@@ -213,3 +216,47 @@ def test_stop_strings_stop_only_their_sequence() -> None:
 def test_stop_strings_need_a_tokenizer() -> None:
     with pytest.raises(ValueError, match="stop_strings need a tokenizer; this engine has none"):
         speaker.engine(with_text=False).generate([[3]], stop_strings="x")
+
+
+class BytesTokenizer:
+    """A token is a byte, or special; the first space is dropped, as SentencePiece does."""
+
+    def __init__(self) -> None:
+        self.most = 0
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        self.most = max(self.most, len(ids))
+        text = bytes(i for i in ids if i < 256).decode(errors="replace")
+        return text.removeprefix(" ")
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_stop_strings_are_found_in_the_end_of_a_text(data: st.DataObject) -> None:
+    """As in the whole text, decoded anew with every token."""
+    text = data.draw(st.text(alphabet=" aé\N{GRINNING FACE}", max_size=80), "text")
+    stops = data.draw(st.lists(st.text(alphabet=" aé", min_size=1, max_size=4), min_size=1))
+    ids = list(text.encode())
+    for place in data.draw(st.lists(st.integers(0, len(ids)), max_size=3), "special tokens"):
+        ids[place:place] = [256] * 20
+    tokenizer = BytesTokenizer()
+    found = next(
+        (n for n in range(1, len(ids) + 1) if any(s in tokenizer.decode(ids[:n]) for s in stops)),
+        None,
+    )
+    start, new = 0, data.draw(st.integers(1, 4), "new tokens a turn")
+    stopped = None
+    while start < len(ids) and stopped is None:
+        now = ids[: start + new]
+        stopped = stop_position(now, start=start, stop_strings=stops, tokenizer=tokenizer)
+        start = len(now)
+    assert stopped == found
+
+
+def test_a_long_text_is_not_decoded_over_and_over() -> None:
+    tokenizer = BytesTokenizer()
+    ids = [97] * 2000
+    for start in range(1000, 2000):
+        now = ids[: start + 1]
+        assert stop_position(now, start=start, stop_strings=["b"], tokenizer=tokenizer) is None
+    assert tokenizer.most < 40
