@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mara_fast.row_budget import Packing
 from mara_kernels.attention import NewRows, Tree, candidate_attention
 
 ATTENTION_NAME = "mara_candidate"
@@ -20,6 +21,8 @@ class TreeContext:
     """
 
     rows: NewRows
+    packing: Packing | None = None
+    """The model sees the rows of all slots as one sequence; None: as a batch of slots."""
     windows_seen: dict[int, int | None] | None = None
     """Sliding window by layer index, collected if not None."""
 
@@ -46,7 +49,7 @@ def mara_attention(
     Scale, window, soft-cap and sinks are what the layer hands over.
 
     Returns:
-        [B, W, Hq, Dv], and no attention weights.
+        [B, W, Hq, Dv], and no attention weights. Of packed rows [1, R, Hq, Dv].
 
     Raises:
         RuntimeError: the context did not arrive: the model was called by someone else while the
@@ -59,7 +62,9 @@ def mara_attention(
     if mara_context.windows_seen is not None:
         mara_context.windows_seen[getattr(module, "layer_idx", -1)] = sliding_window
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    rows = mara_context.rows
+    rows, packing = mara_context.rows, mara_context.packing
+    if packing is not None:
+        query = packing.unpack(query)
     if torch.compiler.is_compiling() and query.device.type in _OPAQUE_ON:
         output = opaque_attention(
             query,
@@ -86,6 +91,8 @@ def mara_attention(
             softcap=softcap,
             sinks=s_aux,
         )
+    if packing is not None:
+        output = packing.pack(output)
     return output.transpose(1, 2).contiguous(), None
 
 

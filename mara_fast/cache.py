@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from mara_fast.row_budget import Packing
+
 
 class _View:
     """Which slots a forward works on, and where its new rows go; shared by all layers."""
@@ -13,6 +15,7 @@ class _View:
     def __init__(self) -> None:
         self.slots = slice(0, 0)
         self.base = 0
+        self.packing: Packing | None = None
 
 
 class SlotLayer(CacheLayerMixin):
@@ -44,6 +47,10 @@ class SlotLayer(CacheLayerMixin):
         """Writes the new rows at the base; returns everything up to their end."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.view.packing is not None:
+            # Every row of the widest slot is written, lest a NaN of an earlier step stays in one.
+            key_states = self.view.packing.unpack(key_states)
+            value_states = self.view.packing.unpack(value_states)
         assert self.keys is not None and self.values is not None
         slots, base = self.view.slots, self.view.base
         end = base + key_states.shape[2]
@@ -92,9 +99,15 @@ class SlotCache(Cache):
         """Memory held."""
         return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers())
 
-    def select(self, slots: slice, *, base: int) -> None:
-        """Chooses the slots of the next forward and the row where its new rows begin."""
-        self.view.slots, self.view.base = slots, base
+    def select(self, slots: slice, *, base: int, packing: Packing | None = None) -> None:
+        """Chooses the slots of the next forward and the row where its new rows begin.
+
+        Args:
+            slots: which.
+            base: at least the length of every slot.
+            packing: of new rows that come as one sequence.
+        """
+        self.view.slots, self.view.base, self.view.packing = slots, base, packing
 
     def commit(self, source: Tensor, destination: Tensor) -> None:
         """Moves rows within the selected slots, all read before any is written.

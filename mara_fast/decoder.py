@@ -1,6 +1,6 @@
 """One decode step over all slots: propose, score, select, commit, truncate.
 
-    window    = the next W undecided candidates of each slot
+    window    = the next undecided candidates of each slot, up to W, within the step's rows
     states    = LM(window)                      every row sees its slot's prefix and itself
     d         = agent(states)
     decision  = cascade(d)                      accepted rank, or go on with the next window
@@ -11,10 +11,9 @@ The step is device-only: no host synchronisation, static shapes. On a CPU, where
 costs nothing, rows that cannot matter are left out.
 
 Shapes: B slots, W window, T rows of a chunk, K candidates, C columns of the candidate buffer,
-N tokens of the output buffer, H hidden, V vocabulary.
+N tokens of the output buffer, R rows of the step, H hidden, V vocabulary.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -27,136 +26,26 @@ from mara_fast.attention import TreeContext
 from mara_fast.cache import SlotCache
 from mara_fast.config import DecodingConfig
 from mara_fast.language_model import FrozenLM
+from mara_fast.row_budget import Packing, StepShape, hand_out, survival
+from mara_fast.slot_state import (
+    ACCEPTED,
+    BAD_ACCEPT,
+    BAD_LOGITS,
+    EOS,
+    FALLBACK,
+    FORCED,
+    LENGTH,
+    PLAIN,
+    RUNNING,
+    SlotState,
+)
 from mara_fast.step_graphs import Capture, StepGraphs
 from mara_kernels.attention import NewRows, Tree, chain, siblings
 from mara_kernels.cascade import Held, acceptance_uniforms, cascade, rank_of_tried
 from mara_kernels.truncate import CandidateSet, truncate
 
-RUNNING, EOS, LENGTH, BAD_LOGITS, BAD_ACCEPT = range(5)
-"""Values of ``SlotState.done``."""
-
-FORCED, ACCEPTED, FALLBACK, PLAIN = range(4)
-"""Values of the verdict column of ``SlotState.record``."""
-
 _SPARE_COLUMNS = 24
 """Columns beyond top_k for ties into it; a buffer too small grows."""
-
-
-@dataclass(kw_only=True)
-class SlotState:
-    """The running batch, one row per slot. A slot whose ``size`` is 0 is idle."""
-
-    length: Tensor
-    """int64 [B], committed positions."""
-    sequence: Tensor
-    """int64 [B], keys the draws."""
-    candidate_ids: Tensor
-    """int64 [B, C], probability order."""
-    candidate_logprobs: Tensor
-    """float32 [B, C]"""
-    size: Tensor
-    """int64 [B], candidates at the pending position."""
-    offset: Tensor
-    """int64 [B], candidates tried before the next window."""
-    held_accepted: Tensor
-    """bool [B], with the next four: the best candidate of the windows so far."""
-    held_preference: Tensor
-    """float32 [B]"""
-    log_residual: Tensor
-    """float32 [B]"""
-    held_tried: Tensor
-    """int64 [B]"""
-    held_logit: Tensor
-    """float32 [B], its accept logit."""
-    hidden: Tensor
-    """[B, H], state of the best candidate; of the last token where no window ran yet."""
-    num_tokens: Tensor
-    """int64 [B], tokens emitted."""
-    num_forwards: Tensor
-    """int64 [B]"""
-    done: Tensor
-    """int64 [B], RUNNING or why it ended."""
-    record: Tensor
-    """int64 [B, N, 5]: token id, set size, probability rank, index tried, verdict."""
-    record_floats: Tensor
-    """float32 [B, N, 2]: log-probability, accept logit."""
-    trace_ids: Tensor
-    """int64 [B, N, C], candidate sets if traced, else [B, 0, 0]."""
-    trace_logprobs: Tensor
-    """float32 [B, N, C]"""
-    trace_logits: Tensor
-    """float32 [B, N, C], accept logits by rank; NaN: not asked."""
-
-    @classmethod
-    def empty(
-        cls,
-        num_slots: int,
-        *,
-        columns: int,
-        num_tokens: int,
-        hidden_size: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        trace: bool,
-    ) -> "SlotState":
-        """All slots idle."""
-
-        def ints(*size: int) -> Tensor:
-            return torch.zeros(num_slots, *size, dtype=torch.int64, device=device)
-
-        def floats(*size: int) -> Tensor:
-            return torch.zeros(num_slots, *size, device=device)
-
-        traced = (num_tokens, columns) if trace else (0, 0)
-        return cls(
-            length=ints(),
-            sequence=ints(),
-            candidate_ids=ints(columns),
-            candidate_logprobs=floats(columns),
-            size=ints(),
-            offset=ints(),
-            held_accepted=ints().bool(),
-            held_preference=floats(),
-            log_residual=floats(),
-            held_tried=ints(),
-            held_logit=floats(),
-            hidden=torch.zeros(num_slots, hidden_size, dtype=dtype, device=device),
-            num_tokens=ints(),
-            num_forwards=ints(),
-            done=ints(),
-            record=ints(num_tokens, 5),
-            record_floats=floats(num_tokens, 2),
-            trace_ids=ints(*traced),
-            trace_logprobs=floats(*traced),
-            trace_logits=floats(*traced),
-        )
-
-    def narrowed(self, slots: slice) -> "SlotState":
-        """Views of a range of slots."""
-        return SlotState(**{name: tensor[slots] for name, tensor in self.tensors().items()})
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All fields by name."""
-        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
-
-    def reset(self, slot: int, *, sequence: int) -> None:
-        """Empties a slot for a new sequence."""
-        for tensor in self.tensors().values():
-            tensor[slot] = 0
-        self.sequence[slot] = sequence
-        self.trace_logits[slot] = torch.nan
-
-    def move(self, source: int, destination: int) -> None:
-        """Copies a slot over another."""
-        for tensor in self.tensors().values():
-            tensor[destination] = tensor[source]
-
-    def swap(self, first: int, second: int) -> None:
-        """Exchanges two slots."""
-        for tensor in self.tensors().values():
-            kept = tensor[first].clone()
-            tensor[first] = tensor[second]
-            tensor[second] = kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,16 +56,34 @@ class ScoredWindow:
     """With the held candidate of this window, its position still undecided."""
     size: Tensor
     """int64 [B], candidates of the set; 0 where a slot waits."""
+    count: Tensor
+    """int64 [B], candidates of the window; the columns behind them repeat the first."""
     rank: Tensor
-    """int64 [B, W], probability rank; columns past the set repeat the first."""
+    """int64 [B, W], probability rank."""
     accept_logit: Tensor
     """float32 [B, W]"""
     hidden: Tensor
     """[B, W, H]"""
     log_prob: Tensor
-    """float32 [B, W], log π of Eq. 6; -inf past the set."""
+    """float32 [B, W], log π of Eq. 6; -inf behind the window."""
     decided: Tensor
     """bool [B], the position ends with this window."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Window:
+    """The candidates that a step forwards."""
+
+    count: Tensor
+    """int64 [B], of each slot."""
+    rank: Tensor
+    """int64 [B, W], probability rank; columns behind the slot's candidates repeat its first."""
+    hidden: Tensor
+    """[R, H]"""
+    place: Tensor
+    """int64 [B, W], row of ``hidden``."""
+    base: int
+    """Row of the cache where their keys and values begin."""
 
 
 class Decoder:
@@ -190,7 +97,7 @@ class Decoder:
         config: decoding options.
         cache: to decode in; at least ``num_slots`` slots, and scratch for every forward's rows.
         num_slots: size of the batch.
-        windows: candidates per slot and step, by the number of slots that decode, less one.
+        shapes: rows of a step, by the number of slots that decode, less one.
         eos_ids: what ends a sequence.
         host_reads: leave out rows that cannot matter, by reading tensors on the host.
         capture: replays steps as graphs where nobody observes them; None: all run eagerly.
@@ -204,12 +111,12 @@ class Decoder:
         *,
         cache: SlotCache,
         num_slots: int,
-        windows: tuple[int, ...],
+        shapes: tuple[StepShape, ...],
         eos_ids: tuple[int, ...],
         host_reads: bool,
         capture: Capture | None = None,
     ) -> None:
-        self.lm, self.agent, self.config, self.windows = lm, agent, config, windows
+        self.lm, self.agent, self.config, self.shapes = lm, agent, config, shapes
         self.cache, self.host_reads, self.rule = cache, host_reads, config.cascade_rule
         self.num_slots = num_slots
         self.graphs: StepGraphs | None = None
@@ -234,6 +141,9 @@ class Decoder:
         # A tokenizer may know ids that the model never produces.
         known = [token_id for token_id in eos_ids if token_id < vocab_size]
         self.eos_ids = torch.tensor(known, dtype=torch.int64, device=lm.device)
+        self._survival = torch.tensor(
+            survival(examines_all=config.strategy != "first"), device=lm.device
+        )
 
     def prefill(self, slots: slice, ids_BT: Tensor, num_valid: Tensor, complete: Tensor) -> None:
         """One chunk of the prompts of some slots.
@@ -282,25 +192,22 @@ class Decoder:
 
         # Propose. A set that outgrew the buffer waits until the host has made room.
         size = torch.where(state.size <= state.candidate_ids.shape[1], state.size, 0)
-        window = self.windows[num_decoding - 1]
-        if self.host_reads:
-            if not size.any():
-                return
-            window = max(1, min(window, int((size - state.offset).max())))
-        rank, ids_BW, hidden_BWH, base = self._propose(slots, state, size, window)
-        if self.host_reads and window > 1 and hidden_BWH.isnan().any():
+        if self.host_reads and not size.any():
+            return
+        shape = self.shapes[num_decoding - 1]
+        window = self._propose(slots, state, size, shape)
+        if self.host_reads and window.rank.shape[1] > 1 and window.hidden.isnan().any():
             # 0 * NaN is NaN: a masked sibling has spoilt the row beside it. One by one, then.
-            window = 1
-            self.cache.clear_rows(base)
-            rank, ids_BW, hidden_BWH, base = self._propose(slots, state, size, window)
+            self.cache.clear_rows(window.base)
+            window = self._propose(slots, state, size, StepShape.uniform(num_decoding, 1))
         state.num_forwards += size > 0
 
         # Score and select.
         if self.agent is None:
             # Every set is one token, chosen and emitted when it was truncated.
-            logit_BW = torch.zeros(ids_BW.shape, device=size.device)
+            logit_BW = torch.zeros(window.rank.shape, device=size.device)
         else:
-            logit_BW = self.agent.accept_logit(hidden_BWH)
+            logit_BW = self.agent.accept_logit(window.hidden)[window.place]
         decision = cascade(
             logit_BW,
             offset=state.offset,
@@ -309,6 +216,7 @@ class Decoder:
             rule=self.rule,
             sequence=state.sequence,
             position=state.num_tokens,
+            count=window.count,
         )
         better, row = decision.row >= 0, decision.row.clamp(min=0)
         slot = torch.arange(row.shape[0], device=row.device)
@@ -317,9 +225,10 @@ class Decoder:
         state.log_residual.copy_(decision.held.log_residual)
         state.held_tried.copy_(torch.where(better, state.offset + row, state.held_tried))
         state.held_logit.copy_(torch.where(better, logit_BW[slot, row], state.held_logit))
-        state.hidden.copy_(torch.where(better[:, None], hidden_BWH[slot, row], state.hidden))
+        best = window.hidden[window.place[slot, row]]
+        state.hidden.copy_(torch.where(better[:, None], best, state.hidden))
         if state.trace_logits.shape[1]:
-            self._trace_logits(state, rank, logit_BW)
+            self._trace_logits(state, window.rank, logit_BW)
 
         decided = decision.decided & ~decision.invalid
         if self.observer is not None and self.agent is not None:
@@ -327,23 +236,23 @@ class Decoder:
                 ScoredWindow(
                     state=state,
                     size=size,
-                    rank=rank,
+                    count=window.count,
+                    rank=window.rank,
                     accept_logit=logit_BW,
-                    hidden=hidden_BWH,
+                    hidden=window.hidden[window.place],
                     log_prob=decision.log_prob,
                     decided=decided,
                 )
             )
 
         # Commit the best candidate so far; a better one of a later window overwrites it.
-        self._commit(better, base + row, state.length)
+        self._commit(better, window.base + row, state.length)
         state.done.masked_fill_(decision.invalid, BAD_ACCEPT)
         state.size.masked_fill_(decision.invalid, 0)
         asked = decided & (size > 1)
         self._emit(state, asked, torch.where(state.held_accepted, ACCEPTED, FALLBACK))
         state.length += decided
-        # A slot that waits for room has tried nothing.
-        state.offset += window * (size > 0)
+        state.offset += window.count
         state.offset.masked_fill_(decided, 0)
         self._truncate(slots, state, decided & (state.done == RUNNING))
 
@@ -367,20 +276,29 @@ class Decoder:
         self.cache.swap(first, second, length=length)
         self.state.swap(first, second)
 
-    def _propose(
-        self, slots: slice, state: SlotState, size: Tensor, window: int
-    ) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Ranks [B, W], token ids [B, W] and states [B, W, H] of the next window, and its base."""
-        tried = state.offset[:, None] + torch.arange(window, device=size.device)
-        # Rows past the set repeat the window's first.
-        tried = torch.where(tried < size[:, None], tried, state.offset[:, None])
+    def _propose(self, slots: slice, state: SlotState, size: Tensor, shape: StepShape) -> "_Window":
+        """The next candidates of every slot, forwarded."""
+        count = hand_out(state.offset, size, shape, self._survival)
+        if self.host_reads:
+            shape = StepShape(window=int(count.max()), num_rows=int(count.sum()))
+        num_slots, width = count.shape[0], shape.window
+        column = torch.arange(width, device=count.device)
+        # Rows that a slot has not repeat its first.
+        tried = state.offset[:, None] + torch.where(column < count[:, None], column, 0)
         rank = rank_of_tried(tried, size[:, None], self.rule.order)
         rank = rank.clamp(min=0, max=state.candidate_ids.shape[1] - 1)
         ids_BW = state.candidate_ids.gather(1, rank)
         base = self._base(state)
-        tree = siblings(window, ids_BW.device)
-        hidden_BWH = self._forward(slots, state, ids_BW, tree, base)
-        return rank, ids_BW, hidden_BWH, base
+        packing = None
+        if self.lm.can_pack and shape.num_rows < num_slots * width:
+            packing = Packing.of(count, shape)
+        tree = siblings(width, ids_BW.device)
+        hidden = self._forward(slots, state, ids_BW, tree, base, packing)
+        if packing is None:
+            place = torch.arange(num_slots * width, device=count.device).view(num_slots, width)
+        else:
+            place = packing.place
+        return _Window(count=count, rank=rank, hidden=hidden.flatten(0, 1), place=place, base=base)
 
     def _base(self, state: SlotState) -> int:
         """Row where the new rows begin: behind every prefix, and the best candidate behind it."""
@@ -389,9 +307,15 @@ class Decoder:
         return int((state.length + (state.offset > 0)).max())
 
     def _forward(
-        self, slots: slice, state: SlotState, ids_BT: Tensor, tree: Tree, base: int
+        self,
+        slots: slice,
+        state: SlotState,
+        ids_BT: Tensor,
+        tree: Tree,
+        base: int,
+        packing: Packing | None = None,
     ) -> Tensor:
-        """[B, T, H] of new rows behind the slots' prefixes."""
+        """[B, T, H] of new rows behind the slots' prefixes; [1, R, H] if they are packed."""
         one_row = ids_BT.shape[1] == 1
         rows = NewRows(
             lengths=state.length,
@@ -401,10 +325,12 @@ class Decoder:
         )
         # Padding and idle rows may point past the end; no row that counts does.
         positions = (state.length[:, None] + tree.depths).clamp(max=self.cache.max_length - 1)
-        self.cache.select(slots, base=base)
-        return self.lm.hidden_states(
-            ids_BT, positions=positions, cache=self.cache, context=TreeContext(rows=rows)
-        )
+        if packing is not None:
+            ids_BT = ids_BT[packing.slot, packing.column][None]
+            positions = positions[packing.slot, packing.column][None]
+        self.cache.select(slots, base=base, packing=packing)
+        context = TreeContext(rows=rows, packing=packing)
+        return self.lm.hidden_states(ids_BT, positions=positions, cache=self.cache, context=context)
 
     def _commit(self, chosen: Tensor, source: Tensor, destination: Tensor) -> None:
         """Keeps one new row per slot where chosen."""

@@ -16,7 +16,8 @@ from mara_fast.loading import ModelLike, load_agent, load_model, load_tokenizer
 from mara_fast.memory import Pool, free_memory, plan_pools
 from mara_fast.options import check, is_number
 from mara_fast.outputs import DecodingStats, Generation, TokenEvent
-from mara_fast.prompts import encode_prompts
+from mara_fast.prompts import PromptError, encode_prompts
+from mara_fast.row_budget import StepShape
 from mara_fast.run import Request, Run
 from mara_fast.step_graphs import Capture, CudaCapture
 from mara_fast.streaming import stream_events, stream_to
@@ -266,24 +267,30 @@ class Engine:
                 return (ids,) if isinstance(ids, int) else tuple(ids)
         return ()
 
-    def window(self, config: DecodingConfig, num_slots: int) -> int:
-        """Candidates per slot and forward, when so many slots decode."""
+    def step_shape(self, config: DecodingConfig, num_slots: int) -> StepShape:
+        """Rows of a step, when so many slots decode."""
         if self.agent is None:
-            return 1
+            return StepShape.uniform(num_slots, 1)
         if config.window != "auto":
             # No set is larger than the vocabulary.
-            return min(config.window, self.lm.vocab_size)
+            return StepShape.uniform(num_slots, min(config.window, self.lm.vocab_size))
+        host_reads = self._host_reads()
         if self._costs is None:
-            self._costs = MeasuredCosts(self.lm, self._capture)
-        return self._costs.best_window(
+            self._costs = MeasuredCosts(self.lm, self._capture, with_head=not host_reads)
+        return self._costs.best_shape(
             num_slots,
             examines_all=config.strategy != "first",
-            leaves_out=_host_reads(self.lm.device),
+            leaves_out=host_reads,
+            can_pack=self.lm.can_pack,
         )
 
-    def _windows(self, config: DecodingConfig, num_slots: int) -> tuple[int, ...]:
+    def _host_reads(self) -> bool:
+        # Compiled steps have static shapes.
+        return not self.lm.is_compiled and _host_reads(self.lm.device)
+
+    def _shapes(self, config: DecodingConfig, num_slots: int) -> tuple[StepShape, ...]:
         """By slots that decode, less one: as a batch empties there is room for more rows."""
-        return tuple(self.window(config, size) for size in range(1, num_slots + 1))
+        return tuple(self.step_shape(config, size) for size in range(1, num_slots + 1))
 
     def pools(self, config: DecodingConfig, lengths: Sequence[int]) -> list[Pool]:
         """How prompts share the memory for keys and values.
@@ -308,7 +315,8 @@ class Engine:
         )
 
     def _scratch(self, config: DecodingConfig, num_slots: int, longest_prompt: int) -> int:
-        return max(*self._windows(config, num_slots), min(self.prefill_chunk, longest_prompt))
+        widest = max(shape.window for shape in self._shapes(config, num_slots))
+        return max(widest, min(self.prefill_chunk, longest_prompt))
 
     def take_decoder(
         self,
@@ -339,8 +347,7 @@ class Engine:
             # The old one's memory is free before the new one is allocated.
             decoder = cache = None
             cache = SlotCache(num_slots=pool.num_slots, max_length=pool.max_length, scratch=scratch)
-        # Compiled steps have static shapes.
-        host_reads = not self.lm.is_compiled and _host_reads(self.lm.device)
+        host_reads = self._host_reads()
         fits = decoder is not None and (
             (decoder.config, decoder.host_reads) == (config, host_reads)
             and decoder.agent is self.agent
@@ -351,7 +358,7 @@ class Engine:
                 self.agent,
                 config,
                 num_slots=cache.num_slots,
-                windows=self._windows(config, cache.num_slots),
+                shapes=self._shapes(config, cache.num_slots),
                 eos_ids=self.eos_ids(config),
                 host_reads=host_reads,
                 cache=cache,
@@ -398,10 +405,11 @@ def encode_that_fit(
     for index, (_, ids) in enumerate(encoded):
         needed = len(ids) + config.max_new_tokens
         if max_length is not None and needed > max_length:
-            raise ValueError(
-                f"prompt {index} has {len(ids)} tokens; with max_new_tokens="
-                f"{config.max_new_tokens} it needs {needed} positions, the limit is "
-                f"{max_length}: shorten it or lower max_new_tokens"
+            raise PromptError(
+                index,
+                f" has {len(ids)} tokens; with max_new_tokens={config.max_new_tokens} it needs "
+                f"{needed} positions, the limit is {max_length}: shorten it or lower "
+                "max_new_tokens",
             )
     return encoded
 

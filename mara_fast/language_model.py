@@ -26,8 +26,8 @@ from mara_fast.attention import (
     register_attention,
 )
 from mara_fast.cache import SlotCache
+from mara_fast.self_check import check_path
 from mara_fast.tensor_parallel import is_sharded, of_first
-from mara_kernels.attention import NewRows, chain, siblings
 
 AttentionPath = Literal["auto", "candidate", "stock"]
 ATTENTION_PATHS = ("auto", "candidate", "stock")
@@ -80,6 +80,8 @@ class FrozenLM:
         self.row_bytes = 0
         """Keys and values of one position in all layers, as measured."""
         self._step_body: Any = self.body
+        self.can_pack = False
+        """New rows of several slots may come as one sequence."""
         self._refuse_by_config()
         register_attention()
         self.attention = self._choose_attention(attention)
@@ -119,9 +121,9 @@ class FrozenLM:
         """Last hidden states, after the final norm, of new rows of the cache's selected slots.
 
         Args:
-            ids_BT: int64 [B, T].
+            ids_BT: int64 [B, T]; [1, R] of packed rows, as the positions and the states.
             positions: int64 [B, T].
-            cache: slots and base selected; the rows' keys and values are left at the base.
+            cache: slots, base and packing selected; the rows' keys and values are left at the base.
             context: the rows' place in their slots.
 
         Returns:
@@ -256,7 +258,7 @@ class FrozenLM:
             if inject:
                 self._inject_context()
             try:
-                self._check_path()
+                self.row_bytes, self.can_pack = check_path(self)
             # Whatever a foreign model raises under our cache and mask: this path is not for it.
             except Exception as error:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -287,90 +289,6 @@ class FrozenLM:
             if "Attention" in type(module).__name__ and hasattr(module, "layer_idx"):
                 hook = module.register_forward_pre_hook(add_context, with_kwargs=True)
                 self._hooks.append(hook)
-
-    def _check_implementation(self) -> None:
-        if self.attention == "stock":
-            own = self.model.config._attn_implementation
-            if own not in ("sdpa", "eager"):
-                raise RuntimeError(f"its attention is {own!r}, not sdpa or eager")
-            return
-        previous = self.model.config._attn_implementation
-        try:
-            self.model.set_attn_implementation(ATTENTION_NAME)
-            taken = self.body.config._attn_implementation == ATTENTION_NAME
-        finally:
-            self.model.config._attn_implementation = previous
-            self.body.config._attn_implementation = previous
-        if not taken:
-            raise RuntimeError("it does not take another attention function")
-
-    @torch.inference_mode()
-    def _check_path(self) -> None:
-        """Prefill in two chunks, then a window, in two slots of unequal length, against plain
-        forwards: the states and logits must agree, and every layer use the window it should."""
-        self._check_implementation()
-        device, vocab_size = self.device, min(self.vocab_size, self.config.vocab_size)
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocab_size, (2, 6), generator=generator).to(device)
-        lengths = [3, 5]
-        cache = SlotCache(num_slots=2, max_length=8, scratch=3)
-        windows_seen: dict[int, int | None] = {}
-
-        def run(ids: Tensor, start: list[int], tree: Any, base: int) -> Tensor:
-            shape = tree(ids.shape[1], device)
-            length = torch.tensor(start, device=device)
-            cache.select(slice(0, 2), base=base)
-            rows = NewRows(lengths=length, tree=shape, base=base)
-            context = TreeContext(rows=rows, windows_seen=windows_seen)
-            positions = length[:, None] + shape.depths
-            return self.hidden_states(ids, positions=positions, cache=cache, context=context)
-
-        run(ids[:, :2], [0, 0], chain, 0)
-        self.row_bytes = cache.num_bytes // (cache.num_slots * (cache.trash + 1))
-        run(ids[:, 2:5], [2, 2], chain, 2)
-        # Slot 0 forgets its last two rows: the lengths now differ, and stale rows lie behind.
-        window = torch.stack((ids[:, 5], ids[:, 0], ids[:, 5]), dim=1)
-        hidden = run(window, lengths, siblings, 5)[:, 2]
-        logits = self.logits(hidden)
-
-        self._check_windows(windows_seen)
-        for slot, length in enumerate(lengths):
-            plain = torch.cat((ids[slot, :length], ids[slot, 5:]))[None]
-            with self._reference_attention():
-                expected = self.body(input_ids=plain, use_cache=False).last_hidden_state[0, -1]
-                expected_logits = self.model(input_ids=plain, use_cache=False).logits[0, -1]
-            _compare("hidden states", hidden[slot], expected)
-            _compare("logits", logits[slot], expected_logits)
-
-    def _check_windows(self, windows_seen: dict[int, int | None]) -> None:
-        if self.attention != "candidate":
-            return
-        if len(windows_seen) < self.config.num_hidden_layers:
-            raise RuntimeError(
-                f"{len(windows_seen)} of {self.config.num_hidden_layers} layers attend through it"
-            )
-        # A handful of tokens cannot show a window of thousands: compare with the config instead.
-        window = getattr(self.config, "sliding_window", None)
-        layer_types = getattr(self.config, "layer_types", None)
-        for index, seen in windows_seen.items():
-            expected = window
-            if layer_types and layer_types[index] == "full_attention":
-                expected = None
-            if seen != expected:
-                raise RuntimeError(
-                    f"layer {index} attends with sliding window {seen}, its config says {expected}"
-                )
-
-    @contextmanager
-    def _reference_attention(self) -> Iterator[None]:
-        """eager where the model can: stock sdpa has dropped soft-caps silently."""
-        config, previous = self.body.config, self.body.config._attn_implementation
-        if self.attention == "candidate":
-            config._attn_implementation = "eager"
-        try:
-            yield
-        finally:
-            config._attn_implementation = previous
 
 
 class _PassThrough(nn.Module):
@@ -411,15 +329,3 @@ def _rope_parameters(config: Any) -> list[dict[str, Any]]:
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in parameters.values() if isinstance(value, dict)]
     return nested or [parameters]
-
-
-def _compare(what: str, got: Tensor, expected: Tensor) -> None:
-    # bf16 rounds in another order; a wrong mask or position is off by the size of the states.
-    tolerance = 1e-3 if expected.dtype == torch.float32 else 5e-2
-    finite = expected.isfinite()
-    error = (got.float() - expected.float())[finite].abs().mean()
-    scale = expected[finite].float().abs().mean().clamp(min=1e-6)
-    if not error <= tolerance * scale:
-        raise RuntimeError(
-            f"{what} differ from a plain forward by {(error / scale).item():.2g} of their size"
-        )

@@ -25,9 +25,10 @@ import torch
 
 from mara_fast.collect import collect, stop_position
 from mara_fast.config import DecodingConfig
-from mara_fast.decoder import BAD_LOGITS, RUNNING, Decoder, ScoredWindow, SlotState
+from mara_fast.decoder import Decoder, ScoredWindow
 from mara_fast.memory import Pool
 from mara_fast.outputs import DecodingStats, Generation
+from mara_fast.slot_state import BAD_LOGITS, RUNNING, SlotState
 from mara_fast.transfer import HostCopy, to_device
 
 if TYPE_CHECKING:
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 _RECENT = 4
 """Tokens of a slot copied every turn, of which it emits two at most: one that was asked for or
 comes with the prompt, and a forced one behind it."""
+
+
+_PREFILL_ROWS = 8192
+"""Rows of one forward of prompts, padding included: far above the ridge of any device, and bounded,
+as its activations are and the time that decoding slots wait for it."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -170,15 +176,19 @@ class Run:
             self._prefilling.append(request)
 
     def _prefill(self, decoder: Decoder) -> None:
-        """One chunk for all prefilling slots; those at the end of their prompt start to decode."""
-        chunks = [
-            request.token_ids[request.num_prefilled :][: self.engine.prefill_chunk]
-            for request in self._prefilling
-        ]
-        width = max(map(len, chunks))
+        """One chunk of the first prefilling slots; those at the end of a prompt start to decode."""
+        chunks: list[list[int]] = []
+        width = 0
+        for request in self._prefilling:
+            chunk = request.token_ids[request.num_prefilled :][: self.engine.prefill_chunk]
+            if chunks and (len(chunks) + 1) * max(width, len(chunk)) > _PREFILL_ROWS:
+                break
+            chunks.append(chunk)
+            width = max(width, len(chunk))
+        now = self._prefilling[: len(chunks)]
         device = self.engine.lm.device
         complete = []
-        for request, chunk in zip(self._prefilling, chunks, strict=True):
+        for request, chunk in zip(now, chunks, strict=True):
             request.num_prefilled += len(chunk)
             complete.append(request.num_prefilled == len(request.token_ids))
         first = len(self._decoding)
@@ -188,7 +198,7 @@ class Run:
             to_device([len(chunk) for chunk in chunks], device),
             to_device(complete, device),
         )
-        for request, is_complete in zip(list(self._prefilling), complete, strict=True):
+        for request, is_complete in zip(now, complete, strict=True):
             if is_complete:
                 self._exchange(request, self._prefilling[0], decoder)
                 self._decoding.append(self._prefilling.pop(0))

@@ -1,12 +1,12 @@
-"""How many candidates per slot and forward: what rows cost here, against how often they help.
+"""How many rows a step forwards: what rows cost here, against how often they help.
 
-    seconds(slots, window)  of a forward of the language model, measured once per device and model
-    forwards(window)        per token, of a cascade of the paper's profile
-    window                  = argmin  seconds(slots, window) * forwards(window)
+    seconds(slots, shape)   of a step of the language model, measured once per device and model
+    steps(shape)            per token, of a cascade of the paper's profile
+    shape                   = argmin  seconds(slots, shape) * steps(shape)
 
-A single slot on a CPU forwards no more rows than its set has: one where the token is forced. Up to
-some number of rows a forward costs the same; beyond it a row has to earn its keep. The window
-changes no token beyond rounding, only how soon they come.
+Tried are windows of equal width for every slot, and budgets of rows that are handed out by what
+they are worth (:mod:`row_budget`). Up to some number of rows a step costs the same; beyond it a row
+has to earn its keep. The shape changes no token beyond rounding, only how soon they come.
 """
 
 import json
@@ -15,27 +15,31 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from mara_fast.attention import TreeContext
 from mara_fast.cache import SlotCache
 from mara_fast.language_model import FrozenLM
+from mara_fast.row_budget import (
+    FORCED_FRAC,
+    MEAN_SET_SIZE,
+    Packing,
+    StepShape,
+    hand_out,
+    survival,
+)
 from mara_fast.step_graphs import Capture
 from mara_fast.tensor_parallel import told_by_first
 from mara_kernels.attention import NewRows, chain, siblings
 
 WINDOWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40)
 
-FORCED_FRAC = 1 / 3
-"""Positions with a single candidate, as in the paper's models."""
-ACCEPTED_FRACS = (0.70, 0.17, 0.08)
-"""Of the decided positions: where rank 0, 1, 2 is accepted (paper, Figure 3: 66 to 75 %, more than
-95 % within three). The rest is examined to the end."""
-MEAN_SET_SIZE = 10
-"""Candidates of a decided position."""
+WIDEST_OF_BUDGET = 8
+"""Rows of one slot where a budget is handed out: attention is as wide in every slot."""
 
 _TOO_SLOW = 1.25
 """So many times the best found: wider windows are not tried."""
@@ -46,18 +50,38 @@ _ROUNDS = 3
 _logger = logging.getLogger(__name__)
 
 
-def forwards_per_decided(window: int, *, examines_all: bool) -> float:
-    """Of a decided position, in a cascade of the paper's profile with that window.
+class Use(NamedTuple):
+    """What a token of the paper's profile takes, on average."""
+
+    num_steps: float
+    num_rows: float
+    """Rows that candidates are in."""
+
+
+def use_of(window: int, *, examines_all: bool, least_worth: float = 0.0) -> Use:
+    """Steps and rows of a token, a third of them forced.
 
     Args:
-        window: candidates per forward.
+        window: the most candidates per step.
         examines_all: the whole set is scored whatever is accepted.
+        least_worth: candidates less likely to be asked for wait for the next step.
     """
-    whole = math.ceil(MEAN_SET_SIZE / window)
-    if examines_all:
-        return float(whole)
-    found = sum(share * (rank // window + 1) for rank, share in enumerate(ACCEPTED_FRACS))
-    return found + (1 - sum(ACCEPTED_FRACS)) * whole
+    left = survival(examines_all=examines_all)
+
+    def asks_for(tried: int) -> float:
+        return left[min(tried, len(left) - 1)]
+
+    steps = rows = 0.0
+    offset = 0
+    while offset < MEAN_SET_SIZE:
+        wanted = min(window, MEAN_SET_SIZE - offset)
+        worth = [asks_for(offset + row) / asks_for(offset) for row in range(wanted)]
+        count = max(1, sum(value >= least_worth for value in worth))
+        steps += asks_for(offset)
+        rows += asks_for(offset) * count
+        offset += count
+    decided = 1 - FORCED_FRAC
+    return Use(FORCED_FRAC + decided * steps, FORCED_FRAC + decided * rows)
 
 
 def steady_window(num_slots: int, *, examines_all: bool, on_cpu: bool) -> int:
@@ -73,51 +97,108 @@ def steady_window(num_slots: int, *, examines_all: bool, on_cpu: bool) -> int:
 
 
 class StepCosts:
-    """Seconds of forwards, by slots and window, each measured when it is first asked for.
+    """Seconds of steps, by slots and shape, each measured when it is first asked for.
 
     Args:
-        measure: seconds of a forward of so many slots and candidates per slot.
-        known: what was measured before, by (slots, window).
+        measure: seconds of a step of so many slots and this shape.
+        known: what was measured before.
     """
 
     def __init__(
         self,
-        measure: Callable[[int, int], float],
-        known: dict[tuple[int, int], float] | None = None,
+        measure: Callable[[int, StepShape], float],
+        known: dict[tuple[int, StepShape], float] | None = None,
     ) -> None:
         self._measure = measure
         self.known = dict(known or {})
         self.num_measured = 0
 
-    def of(self, num_slots: int, window: int) -> float:
-        """Seconds of a forward."""
-        place = num_slots, window
-        if place not in self.known:
+    def of(self, num_slots: int, shape: StepShape) -> float:
+        """Seconds of a step."""
+        if (num_slots, shape) not in self.known:
             self.num_measured += 1
             # Processes that share a model must choose alike.
-            self.known[place] = told_by_first(self._measure(*place))
-        return self.known[place]
+            self.known[num_slots, shape] = told_by_first(self._measure(num_slots, shape))
+        return self.known[num_slots, shape]
 
-    def best_window(self, num_slots: int, *, examines_all: bool, leaves_out: bool = False) -> int:
-        """The window with the fewest seconds per token; of equals the smallest.
+    def best_shape(
+        self,
+        num_slots: int,
+        *,
+        examines_all: bool,
+        leaves_out: bool = False,
+        can_pack: bool = False,
+    ) -> StepShape:
+        """The shape with the fewest seconds per token; of equals the one of fewest rows.
 
         Args:
-            num_slots: that decode; rounded up to a power of two.
+            num_slots: that decode; costs are those of the next power of two.
             examines_all: the whole set is scored whatever is accepted.
             leaves_out: a single slot forwards no rows beyond its set.
+            can_pack: slots need not have equally many rows.
         """
-        num_slots = 1 << (num_slots - 1).bit_length()
+        bucket = 1 << (num_slots - 1).bit_length()
         best, least = 1, math.inf
+        tried: dict[int, float] = {}
         for window in WINDOWS:
-            forced = 1 if leaves_out and num_slots == 1 else window
-            decided = forwards_per_decided(window, examines_all=examines_all)
-            seconds = FORCED_FRAC * self.of(num_slots, forced)
-            seconds += (1 - FORCED_FRAC) * decided * self.of(num_slots, window)
+            shape = StepShape.uniform(bucket, window)
+            steps = use_of(window, examines_all=examines_all).num_steps
+            seconds = steps * self.of(bucket, shape)
+            if leaves_out and bucket == 1:
+                # A forced token is a step of one row.
+                one = self.of(1, StepShape.uniform(1, 1))
+                seconds = FORCED_FRAC * one + (steps - FORCED_FRAC) * self.of(bucket, shape)
+            tried[shape.num_rows] = self.of(bucket, shape)
             if seconds < least:
                 best, least = window, seconds
             elif seconds > _TOO_SLOW * least:
                 break
-        return best
+        if not can_pack or bucket == 1:
+            return StepShape.uniform(num_slots, best)
+        budget = self._best_budget(bucket, tried, less_than=least, examines_all=examines_all)
+        if budget is None:
+            return StepShape.uniform(num_slots, best)
+        rows = math.ceil(budget.num_rows * num_slots / bucket)
+        return StepShape(window=budget.window, num_rows=rows)
+
+    def _best_budget(
+        self, num_slots: int, tried: dict[int, float], *, less_than: float, examines_all: bool
+    ) -> StepShape | None:
+        """The budget with the fewest seconds per token, if they are fewer than those given.
+
+        A packed step costs about what one of equal windows and as many rows does: only the budget
+        that is best by that is measured itself.
+        """
+        found, steps_of = None, {}
+        least = less_than
+        for shape, steps in _budgets(num_slots, examines_all=examines_all):
+            cost = _between(tried, shape.num_rows)
+            if cost is not None and cost * steps < least:
+                found, least = shape, cost * steps
+                steps_of[shape] = steps
+        if found is None or self.of(num_slots, found) * steps_of[found] >= less_than:
+            return None
+        return found
+
+
+def _budgets(num_slots: int, *, examines_all: bool) -> Iterator[tuple[StepShape, float]]:
+    """Budgets that suffice on average for all candidates above some worth, and steps per token."""
+    left = survival(examines_all=examines_all)
+    for least_worth in sorted({right / first for first in left for right in left if right < first}):
+        use = use_of(WIDEST_OF_BUDGET, examines_all=examines_all, least_worth=least_worth)
+        num_rows = math.ceil(num_slots * use.num_rows / use.num_steps)
+        if num_slots < num_rows < num_slots * WIDEST_OF_BUDGET:
+            yield StepShape(window=WIDEST_OF_BUDGET, num_rows=num_rows), use.num_steps
+
+
+def _between(known: dict[int, float], rows: int) -> float | None:
+    """On a line between the two known; None outside of them."""
+    below = max((n for n in known if n <= rows), default=None)
+    above = min((n for n in known if n >= rows), default=None)
+    if below is None or above is None:
+        return None
+    share = (rows - below) / max(above - below, 1)
+    return known[below] + share * (known[above] - known[below])
 
 
 class MeasuredCosts(StepCosts):
@@ -129,24 +210,36 @@ class MeasuredCosts(StepCosts):
     Args:
         lm: the language model.
         capture: how its steps are captured; None: they run eagerly.
+        with_head: a step ends with next-token logits of every slot, wanted or not.
     """
 
-    def __init__(self, lm: FrozenLM, capture: Capture | None) -> None:
-        self._key = _key(lm, capture)
-        super().__init__(lambda *place: _measure(lm, capture, *place), _read(self._key))
+    def __init__(self, lm: FrozenLM, capture: Capture | None, *, with_head: bool) -> None:
+        self._key = _key(lm, capture, with_head)
+        super().__init__(lambda *place: _measure(lm, capture, with_head, *place), _read(self._key))
 
-    def best_window(self, num_slots: int, *, examines_all: bool, leaves_out: bool = False) -> int:
-        """See :meth:`StepCosts.best_window`."""
+    def best_shape(
+        self,
+        num_slots: int,
+        *,
+        examines_all: bool,
+        leaves_out: bool = False,
+        can_pack: bool = False,
+    ) -> StepShape:
+        """See :meth:`StepCosts.best_shape`."""
         before = self.num_measured
-        best = super().best_window(num_slots, examines_all=examines_all, leaves_out=leaves_out)
+        best = super().best_shape(
+            num_slots, examines_all=examines_all, leaves_out=leaves_out, can_pack=can_pack
+        )
         if self.num_measured > before:
             _write(self._key, self.known)
         return best
 
 
 @torch.inference_mode()
-def _measure(lm: FrozenLM, capture: Capture | None, num_slots: int, window: int) -> float:
-    device = lm.device
+def _measure(
+    lm: FrozenLM, capture: Capture | None, with_head: bool, num_slots: int, shape: StepShape
+) -> float:
+    device, window = lm.device, shape.window
     cache = SlotCache(num_slots=num_slots, max_length=_CONTEXT, scratch=window)
     cache.select(slice(0, num_slots), base=_CONTEXT)
     length = torch.full((num_slots,), _CONTEXT, device=device)
@@ -158,10 +251,23 @@ def _measure(lm: FrozenLM, capture: Capture | None, num_slots: int, window: int)
     )
     rows = NewRows(lengths=length, tree=siblings(window, device), base=_CONTEXT)
     positions = (length - 1)[:, None].expand_as(ids)
+    is_packed = shape != StepShape.uniform(num_slots, window)
+    # Whose rows they are makes no difference.
+    offset = torch.zeros_like(length)
+    left = torch.tensor(survival(examines_all=False), device=device)
 
     def forward() -> None:
-        context = TreeContext(rows=rows)
-        lm.hidden_states(ids, positions=positions, cache=cache, context=context)
+        packing, new_ids, new_positions = None, ids, positions
+        if is_packed:
+            count = hand_out(offset, offset + MEAN_SET_SIZE, shape, left)
+            packing = Packing.of(count, shape)
+            new_ids = ids[packing.slot, packing.column][None]
+            new_positions = positions[packing.slot, packing.column][None]
+        cache.select(slice(0, num_slots), base=_CONTEXT, packing=packing)
+        context = TreeContext(rows=rows, packing=packing)
+        hidden = lm.hidden_states(new_ids, positions=new_positions, cache=cache, context=context)
+        if with_head:
+            lm.logits(hidden.flatten(0, 1)[:num_slots])
 
     # Loads and compiles what a capture needs.
     forward()
@@ -184,7 +290,7 @@ def _seconds(call: Callable[[], None], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _key(lm: FrozenLM, capture: Capture | None) -> str:
+def _key(lm: FrozenLM, capture: Capture | None, with_head: bool) -> str:
     device = lm.device
     place = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if device.type == "cuda":
@@ -192,6 +298,7 @@ def _key(lm: FrozenLM, capture: Capture | None) -> str:
     config = lm.config
     sizes = (config.hidden_size, config.num_hidden_layers, lm.vocab_size, lm.row_bytes)
     how = ("captured" if capture else "eager") + (" compiled" if lm.is_compiled else "")
+    how += " with head" if with_head else ""
     return f"{place} | torch {torch.__version__} | {lm.name} {sizes} {lm.model.dtype} | {how}"
 
 
@@ -208,21 +315,25 @@ def _read_all() -> dict[str, dict[str, float]]:
     return found if isinstance(found, dict) else {}
 
 
-def _read(key: str) -> dict[tuple[int, int], float]:
+def _read(key: str) -> dict[tuple[int, StepShape], float]:
     known = {}
     try:
         for place, seconds in _read_all().get(key, {}).items():
-            num_slots, window = map(int, place.split("x"))
-            known[num_slots, window] = float(seconds)
+            num_slots, window, num_rows = map(int, place.split())
+            known[num_slots, StepShape(window=window, num_rows=num_rows)] = float(seconds)
     # Somebody else's, or damaged: measured anew.
     except (AttributeError, TypeError, ValueError):
         return {}
     return known
 
 
-def _write(key: str, known: dict[tuple[int, int], float]) -> None:
+def _write(key: str, known: dict[tuple[int, StepShape], float]) -> None:
     path = _cache_path()
-    plain = {f"{slots}x{window}": seconds for (slots, window), seconds in sorted(known.items())}
+    # Slots, the most rows of one, rows of all.
+    plain = {
+        f"{slots} {shape.window} {shape.num_rows}": seconds
+        for (slots, shape), seconds in known.items()
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.{os.getpid()}")

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from mara_fast import Engine, Generation, MaraAgent
+from mara_fast.row_budget import StepShape
+from mara_fast.window import StepCosts
 from oracle import OracleRun, sequential_cascade
 
 # Rounding moves states by about 1e-6; a decision closer to a flip than this may go either way.
@@ -28,6 +30,19 @@ def random_agent(hidden_size: int, *, seed: int = 0, accept_bias: float = 0.8) -
         d = agent.accept_logit(states)
         agent.output_linear.bias[1] += accept_bias - d.mean()
     return agent
+
+
+class FixedBudget(StepCosts):
+    """As many rows per slot however many decode: ``engine._costs`` for an automatic window."""
+
+    def __init__(self, window: int, rows_per_slot: float) -> None:
+        super().__init__(lambda *_: math.nan)
+        self.window, self.rows_per_slot = window, rows_per_slot
+
+    def best_shape(self, num_slots: int, **_: bool) -> StepShape:
+        """Nothing is measured."""
+        rows = min(num_slots * self.window, max(num_slots, int(self.rows_per_slot * num_slots)))
+        return StepShape(window=self.window, num_rows=rows)
 
 
 def check_exact(

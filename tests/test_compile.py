@@ -10,7 +10,7 @@ import torch
 import mara_fast.attention
 import mara_fast.window
 from architectures import ARCHITECTURES, OTHER_ARCHITECTURES, random_prompt
-from exactness import check_exact, random_agent
+from exactness import FixedBudget, check_exact, random_agent
 from mara_fast import Engine
 from mara_fast.language_model import UnsupportedModelError
 from mara_kernels.attention import NewRows, candidate_attention, siblings
@@ -55,6 +55,21 @@ def test_one_graph_per_shape(name: str) -> None:
     assert not counters["graph_break"]
     # A full batch, and the last sequence alone.
     assert 1 <= counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in {"llama", "gpt_oss"} else pytest.mark.slow)
+        for name in (*ARCHITECTURES, *INJECTED)
+    ],
+)
+def test_a_packed_step_is_one_graph_too(name: str) -> None:
+    engine = compiled((ARCHITECTURES | INJECTED)[name]())
+    engine._costs = FixedBudget(3, 1.5)
+    torch._dynamo.utils.counters.clear()
+    check_exact(engine, prompts_for(engine), max_new_tokens=6, ignore_eos=True)
+    assert engine.lm.can_pack and not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_an_automatic_window_is_measured_compiled(

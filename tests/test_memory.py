@@ -10,6 +10,7 @@ import mara_fast.engine
 from architectures import ARCHITECTURES, random_prompt
 from exactness import check_exact, random_agent
 from mara_fast import Engine
+from mara_fast.decoder import Decoder
 from mara_fast.memory import free_memory, plan_pools, slot_bytes
 
 LENGTHS = (3, 90, 7, 200, 12, 5, 30, 150, 2)
@@ -122,3 +123,27 @@ def test_free_memory_is_that_of_the_machine() -> None:
 def test_the_share_is_checked(value: Any) -> None:
     with pytest.raises(ValueError, match=r"memory_utilization=.* is not allowed; allowed: a n"):
         Engine(ARCHITECTURES["llama"](), False, memory_utilization=value)
+
+
+def test_a_forward_of_prompts_is_bounded(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many slots begin at once: those that do not fit wait a turn, and say the same."""
+    monkeypatch.setattr("mara_fast.run._PREFILL_ROWS", 12)
+    engine.prefill_chunk = 5
+    shapes = []
+    prefill = Decoder.prefill
+
+    def watched(decoder: Any, slots: Any, ids_BT: Any, *others: Any) -> None:
+        shapes.append(ids_BT.shape)
+        prefill(decoder, slots, ids_BT, *others)
+
+    monkeypatch.setattr(Decoder, "prefill", watched)
+    prompts = [random_prompt(engine.lm.model, n, seed=n) for n in (12, 2, 3, 5, 7, 1)]
+    check_exact(engine, prompts, max_new_tokens=5)
+    assert max(rows for rows, _ in shapes) > 1
+    assert all(rows * width <= 12 for rows, width in shapes)
+    # One that is wider than the bound goes alone.
+    engine.prefill_chunk, shapes[:] = 64, []
+    check_exact(
+        engine, [random_prompt(engine.lm.model, 20, seed=n) for n in (1, 2)], max_new_tokens=3
+    )
+    assert [tuple(shape) for shape in shapes] == [(1, 20), (1, 20)]

@@ -1,4 +1,4 @@
-"""The automatic window: a cost measured once, and the window that is cheapest by it."""
+"""The automatic shape of a step: a cost measured once, and what is cheapest by it."""
 
 import json
 from collections.abc import Callable
@@ -12,55 +12,85 @@ import mara_fast.window
 from architectures import ARCHITECTURES, random_prompt
 from exactness import check_exact, random_agent
 from mara_fast import Engine
+from mara_fast.row_budget import StepShape
 from mara_fast.window import (
     WINDOWS,
     MeasuredCosts,
     StepCosts,
-    forwards_per_decided,
     steady_window,
+    use_of,
 )
 from tape import TapeCapture
 
 
-def test_forwards_of_the_profile() -> None:
-    # 0.70, 0.17, 0.08 found in the first, second, third; 0.05 after ten.
+def test_use_of_the_profile() -> None:
+    # 0.70, 0.17, 0.08 found in the first, second, third; 0.05 after ten. A third is forced.
     one = 0.70 + 2 * 0.17 + 3 * 0.08 + 10 * 0.05
-    assert forwards_per_decided(1, examines_all=False) == pytest.approx(one)
-    assert forwards_per_decided(10, examines_all=False) == pytest.approx(1)
-    assert forwards_per_decided(4, examines_all=True) == 3
+    assert use_of(1, examines_all=False) == pytest.approx((1 / 3 + 2 / 3 * one,) * 2)
+    assert use_of(10, examines_all=False) == pytest.approx((1, 1 / 3 + 2 / 3 * 10))
+    # Three and three and three and one; all asked for.
+    assert use_of(3, examines_all=True) == pytest.approx((1 / 3 + 2 / 3 * 4, 1 / 3 + 2 / 3 * 10))
+    # The first alone; after a rejection, the next two; after three, the rest in eights.
+    some = use_of(8, examines_all=False, least_worth=0.4)
+    steps = 1 + 0.3 + 0.05
+    assert some.num_steps == pytest.approx(1 / 3 + 2 / 3 * steps)
+    assert some.num_rows == pytest.approx(1 / 3 + 2 / 3 * (1 + 0.3 * 2 + 0.05 * 7))
     for examines_all in (False, True):
-        found = [forwards_per_decided(window, examines_all=examines_all) for window in WINDOWS]
+        found = [use_of(window, examines_all=examines_all).num_steps for window in WINDOWS]
         assert found == sorted(found, reverse=True) and found[-1] == pytest.approx(1)
 
 
 def by_rows(seconds: Callable[[int], float]) -> StepCosts:
     """Costs that depend on the number of rows alone."""
-    return StepCosts(lambda num_slots, window: seconds(num_slots * window))
+    return StepCosts(lambda num_slots, shape: seconds(shape.num_rows))
 
 
 def test_the_cheapest_window() -> None:
     free = by_rows(lambda rows: max(1.0, rows / 160))
-    windows = [free.best_window(slots, examines_all=False) for slots in (1, 8, 32, 160)]
+    windows = [free.best_shape(slots, examines_all=False).window for slots in (1, 8, 32, 160)]
     assert windows[0] == windows[1] == 10 and 1 < windows[2] < 10 and windows[3] == 1
-    assert by_rows(float).best_window(1, examines_all=False) == 1
+    assert by_rows(float).best_shape(1, examines_all=False).window == 1
     flat = by_rows(lambda rows: 1.0)
-    assert flat.best_window(64, examines_all=True) == 10
+    assert flat.best_shape(64, examines_all=True).window == 10
     # Where a forced token costs one row, two are worth it sooner.
     some = by_rows({1: 1.0, 2: 1.3, 3: 9.0}.__getitem__)
-    assert some.best_window(1, examines_all=False) == 1
-    assert some.best_window(1, examines_all=False, leaves_out=True) == 2
+    assert some.best_shape(1, examines_all=False).window == 1
+    assert some.best_shape(1, examines_all=False, leaves_out=True).window == 2
+
+
+def test_a_budget_where_it_is_cheaper() -> None:
+    """Between free rows and dear ones: more rows than slots, and fewer than two for each."""
+    costs = by_rows(lambda rows: max(1.0, rows / 160))
+    uniform = costs.best_shape(128, examines_all=False)
+    budget = costs.best_shape(128, examines_all=False, can_pack=True)
+    assert uniform == StepShape.uniform(128, 1)
+    assert budget.window == 8 and 128 < budget.num_rows < 256
+    # As many for each of fewer slots, and at least one.
+    fewer = costs.best_shape(100, examines_all=False, can_pack=True)
+    assert fewer.num_rows == -(-budget.num_rows * 100 // 128)
+    # Rows that are free, or all dear, are not handed out; nor is a budget packed at a loss.
+    for seconds in (lambda rows: 1.0, float):
+        for slots in (2, 128):
+            shape = by_rows(seconds).best_shape(slots, examines_all=False, can_pack=True)
+            assert shape.num_rows == slots * shape.window
+    lossy = StepCosts(
+        lambda num_slots, shape: (
+            max(1.0, shape.num_rows / 160) + 9 * (shape.num_rows != num_slots * shape.window)
+        )
+    )
+    assert lossy.best_shape(128, examines_all=False, can_pack=True) == uniform
 
 
 def test_only_what_matters_is_measured_and_once() -> None:
     asked: list[tuple[int, int]] = []
 
-    def measure(num_slots: int, window: int) -> float:
-        asked.append((num_slots, window))
-        return float(num_slots * window)
+    def measure(num_slots: int, shape: StepShape) -> float:
+        asked.append((num_slots, shape.window))
+        return float(shape.num_rows)
 
-    costs = StepCosts(measure, {(4, 1): 4.0})
+    costs = StepCosts(measure, {(4, StepShape.uniform(4, 1)): 4.0})
     for num_slots in (3, 4, 3):
-        assert costs.best_window(num_slots, examines_all=False) == 1
+        assert costs.best_shape(num_slots, examines_all=False).window == 1
     # By powers of two, and no wider ones once a window is far too slow.
     assert asked == [(4, 2)] or asked == [(4, 2), (4, 3)]
     assert costs.num_measured == len(asked)
@@ -75,23 +105,26 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("capture", [None, TapeCapture()])
 def test_measured_once_and_kept(capture: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = Engine(ARCHITECTURES["llama"](), False).lm
-    costs = MeasuredCosts(lm, capture)
-    best = costs.best_window(2, examines_all=False)
+    costs = MeasuredCosts(lm, capture, with_head=capture is not None)
+    best = costs.best_shape(2, examines_all=False, can_pack=True)
     [(key, seconds)] = json.loads(cache.read_text()).items()
     assert "LlamaForCausalLM" in key and ("captured" in key) is (capture is not None)
-    assert "2x1" in seconds and all(value > 0 for value in seconds.values())
+    assert "2 1 2" in seconds and all(value > 0 for value in seconds.values())
     monkeypatch.setattr(mara_fast.window, "_measure", lambda *args: pytest.fail("again"))
-    again = MeasuredCosts(lm, capture)
-    assert again.known == costs.known and again.best_window(2, examines_all=False) == best
+    again = MeasuredCosts(lm, capture, with_head=capture is not None)
+    assert (
+        again.known == costs.known
+        and again.best_shape(2, examines_all=False, can_pack=True) == best
+    )
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"KEY": 3}', '{"KEY": {"2": 1}}', "{"])
+@pytest.mark.parametrize("content", ["", "[]", '{"KEY": 3}', '{"KEY": {"2 1": 1}}', "{"])
 def test_what_is_damaged_is_measured_anew(content: str, cache: Path) -> None:
     lm = Engine(ARCHITECTURES["llama"](), False).lm
     cache.parent.mkdir(parents=True)
-    cache.write_text(content.replace("KEY", mara_fast.window._key(lm, None)))
-    costs = MeasuredCosts(lm, None)
-    assert not costs.known and costs.best_window(1, examines_all=True) in WINDOWS
+    cache.write_text(content.replace("KEY", mara_fast.window._key(lm, None, False)))
+    costs = MeasuredCosts(lm, None, with_head=False)
+    assert not costs.known and costs.best_shape(1, examines_all=True).window in WINDOWS
     assert json.loads(cache.read_text())
 
 
@@ -100,8 +133,8 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    costs = MeasuredCosts(Engine(ARCHITECTURES["llama"](), False).lm, None)
-    assert costs.best_window(1, examines_all=False) in WINDOWS
+    costs = MeasuredCosts(Engine(ARCHITECTURES["llama"](), False).lm, None, with_head=False)
+    assert costs.best_shape(1, examines_all=False).window in WINDOWS
 
 
 @pytest.mark.parametrize("host_reads", [True, False])
@@ -111,8 +144,9 @@ def test_the_window_follows_the_slots(host_reads: bool, monkeypatch: pytest.Monk
     model = ARCHITECTURES["llama"]()
     engine = Engine(model, random_agent(48), max_batch_size=4, prefill_chunk=5)
     engine._costs = by_rows(lambda rows: max(1.0, rows / 8))
+    engine.lm.can_pack = False
     config = engine.config()
-    windows = [engine.window(config, slots) for slots in (1, 2, 4)]
+    windows = [engine.step_shape(config, slots).window for slots in (1, 2, 4)]
     assert windows[0] > windows[1] > windows[2] >= 1
     used = set()
     original = mara_fast.decoder.siblings

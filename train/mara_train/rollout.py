@@ -72,8 +72,9 @@ class ChainRecorder:
     def __call__(self, window: ScoredWindow) -> None:
         """Keeps the examined candidates of a window."""
         state, size = window.state, window.size
-        tried_BW = state.offset[:, None] + torch.arange(window.rank.shape[1], device=size.device)
-        inside_BW = tried_BW < size[:, None]
+        column_W = torch.arange(window.rank.shape[1], device=size.device)
+        tried_BW = state.offset[:, None] + column_W
+        inside_BW = column_W < window.count[:, None]
         is_final_BW = tried_BW == size[:, None] - 1
         accepted_B = window.decided & state.held_accepted
         # The cascade asks up to the accepted candidate; of a set all rejected, about all.
