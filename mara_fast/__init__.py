@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mara_fast.api import generate, stream
     from mara_fast.config import DecodingConfig
     from mara_fast.engine import Engine
+    from mara_fast.evaluation.evaluate import evaluate
     from mara_fast.hf_generate import custom_generate
     from mara_fast.outputs import DecodingStats, Generation, TokenEvent, TokenTrace
 
@@ -26,6 +27,7 @@ _HOME = {
     "TokenEvent": "outputs",
     "TokenTrace": "outputs",
     "custom_generate": "hf_generate",
+    "evaluate": "evaluation.evaluate",
     "generate": "api",
     "stream": "api",
 }
@@ -40,6 +42,7 @@ __all__ = [
     "TokenTrace",
     "__version__",
     "custom_generate",
+    "evaluate",
     "generate",
     "stream",
 ]

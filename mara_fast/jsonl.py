@@ -46,15 +46,9 @@ def read_prompts(path: Path) -> list[PromptRecord]:
         FileNotFoundError: no such file.
         ValueError: naming the line, for what is not such a record, or an id given twice.
     """
-    if path.is_dir() or not path.exists():
-        raise FileNotFoundError(f"no file at {path}")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     records: list[PromptRecord] = []
     lines_of_ids: dict[str | int, str] = {}
-    for where, value in _values(path, text):
+    for where, value in read_values(path):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} is a {type(value).__name__}, expected an object")
         keys = [key for key in PROMPT_KEYS if key in value]
@@ -82,8 +76,19 @@ def read_prompts(path: Path) -> list[PromptRecord]:
     return records
 
 
-def _values(path: Path, text: str) -> list[tuple[str, Any]]:
-    """(place, value) of every record."""
+def read_values(path: Path) -> list[tuple[str, Any]]:
+    """(place, value) of every line of a JSONL file, or of every item of a JSON file with a list.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: naming the place, for what is not JSON.
+    """
+    if path.is_dir() or not path.exists():
+        raise FileNotFoundError(f"no file at {path}")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if text.lstrip().startswith("["):
         try:
             values = json.loads(text)
@@ -129,6 +134,7 @@ class ResultFile:
         records: the prompts whose results it holds.
         settings: what the results depend on; a resumed run must have the same.
         overwrite: start anew.
+        holds: what every line has beside its ``id`` and ``prompt``.
 
     Raises:
         ValueError: the file is another run's (other prompts, other settings), or not JSONL of
@@ -143,8 +149,9 @@ class ResultFile:
         records: Sequence[PromptRecord],
         settings: Mapping[str, Any],
         overwrite: bool = False,
+        holds: str = "finish_reason",
     ) -> None:
-        self.path = path
+        self.path, self._holds = path, holds
         self.settings_path = path.with_name(path.name + ".settings.json")
         self.done: set[str | int] = set()
         self._prompts = {record.id: record.prompt for record in records}
@@ -174,7 +181,11 @@ class ResultFile:
 
     def write(self, record_id: str | int, generation: Generation) -> None:
         """Appends a result; after the call it is in the file."""
-        line = json_line({"id": record_id} | generation.to_dict())
+        self.append(record_id, generation.to_dict())
+
+    def append(self, record_id: str | int, result: Mapping[str, Any]) -> None:
+        """Appends what was found for a record, its prompt included."""
+        line = json_line({"id": record_id, **result})
         # One write of a whole line: a stop leaves at most the last one incomplete.
         self._file.write((line + "\n").encode())
         self._file.flush()
@@ -195,7 +206,7 @@ class ResultFile:
             try:
                 result = json.loads(line)
                 record_id, prompt = result["id"], result["prompt"]
-                is_result, is_ours = "finish_reason" in result, record_id in self._prompts
+                is_result, is_ours = self._holds in result, record_id in self._prompts
             except (ValueError, KeyError, TypeError):
                 is_result = False
             if not is_result:

@@ -23,11 +23,12 @@ from typer.testing import CliRunner, Result
 import mara_fast.cli
 import mara_train.trainer
 from mara_fast import MaraAgent, commands
+from mara_fast.rewards.named import load_rewards
 from mara_fast.tiny.grammar import instructions
 from mara_fast.tiny.rules import helpfulness
 from mara_train import MaraConfig, cli
 from mara_train.plots import PLOT_NAME
-from mara_train.recipe import RECIPE_NAME, Recipe, load_rewards, load_rows, read_options
+from mara_train.recipe import RECIPE_NAME, Recipe, load_rows, read_options
 from mara_train.report import read_metrics
 from mara_train.run_folder import fingerprint
 from naming import stable_id

@@ -118,9 +118,10 @@ def train(
 
 def _run(recipe: "Recipe", folder: Path, *, resume: bool) -> None:
     """Everything that can be wrong is looked at before the language model is loaded."""
+    from mara_fast.rewards.named import load_rewards
     from mara_train import checkpoint
     from mara_train.prompts import PromptSet
-    from mara_train.recipe import load_rewards, load_rows
+    from mara_train.recipe import load_rows
     from mara_train.report import check_trackers
     from mara_train.run_folder import (
         check_continues,

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mara_fast.config import DecodingConfig
 from mara_fast.engine import Engine
+from mara_fast.evaluation.preference import preference_rate
 from mara_fast.outputs import DecodingStats, Generation
 from mara_train.objective import Objective
-from mara_train.preference import preference_rate
 from mara_train.rollout import Episode
 
 

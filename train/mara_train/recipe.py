@@ -6,10 +6,8 @@ config  = the preset with them
 
 import dataclasses
 import difflib
-import importlib.util
 import os
-import pkgutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +15,6 @@ from typing import Any, Self
 import yaml
 
 from mara_fast.jsonl import read_prompts
-from mara_fast.loading import looks_like_path
 from mara_fast.options import from_yaml, several
 from mara_fast.tiny.grammar import instructions
 from mara_train.config import SECTIONS, MaraConfig
@@ -160,41 +157,6 @@ def read_options(
     return options | {name: value for name, value in flags.items() if value is not None}
 
 
-def load_rewards(specs: Sequence[str]) -> list[Any]:
-    """What :class:`mara_fast.rewards.Rewards` takes: functions are imported, the rest stays.
-
-    Raises:
-        ValueError: no such module or function, or something that cannot be called.
-    """
-    rewards: list[Any] = []
-    for spec in specs:
-        if os.path.exists(spec) and not spec.endswith(".py"):
-            rewards.append(spec)
-            continue
-        if ":" not in spec:
-            if spec.endswith(".py") or _is_module(spec):
-                module = spec.removesuffix(".py").replace(os.sep, ".")
-                raise ValueError(f"reward {spec!r} names no function; expected {module}:function")
-            if looks_like_path(spec):
-                raise FileNotFoundError(f"reward {spec!r}: there is no such folder")
-            rewards.append(spec)
-            continue
-        try:
-            function = pkgutil.resolve_name(spec)
-        # It is somebody else's code: whatever is wrong with it is said.
-        except Exception as error:
-            what = str(error)
-            if not isinstance(error, ImportError | AttributeError | ValueError):
-                what = f"{type(error).__name__}: {error}"
-            raise ValueError(
-                f"reward {spec!r} cannot be imported: {what}; expected module:function"
-            ) from error
-        if not callable(function):
-            raise ValueError(f"reward {spec!r} is a {type(function).__name__}, not a function")
-        rewards.append(function)
-    return rewards
-
-
 def load_rows(spec: str, *, name: str) -> list[dict[str, Any]]:
     """The rows of a data set, with a ``prompt`` each.
 
@@ -216,10 +178,6 @@ def load_rows(spec: str, *, name: str) -> list[dict[str, Any]]:
     if not records:
         raise ValueError(f"{name}: {spec} holds no prompts")
     return [{"prompt": record.prompt, **record.columns} for record in records]
-
-
-def _is_module(name: str) -> bool:
-    return name.isidentifier() and importlib.util.find_spec(name) is not None
 
 
 def _own_names() -> list[str]:

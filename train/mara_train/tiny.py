@@ -28,6 +28,7 @@ import yaml
 from mara_fast.agent import MaraAgent
 from mara_fast.commands import clear_errors
 from mara_fast.engine import Engine
+from mara_fast.evaluation.preference import preference_rate
 from mara_fast.outputs import DecodingStats, Generation
 from mara_fast.rewards import RewardModel
 from mara_fast.tiny import lm as tiny_lm
@@ -36,7 +37,6 @@ from mara_fast.tiny.grammar import NUM_FOLDS, Split, instructions
 from mara_fast.tiny.reward_models import DEFAULT_OUTPUT, load_reward_models
 from mara_fast.tiny.rules import harm, helpfulness, is_malformed
 from mara_train.config import MaraConfig
-from mara_train.preference import preference_rate
 from mara_train.run_folder import check_place, check_unused
 from mara_train.trainer import MaraTrainer
 

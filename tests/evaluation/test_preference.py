@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mara_train.preference import preference_rate
+from mara_fast.evaluation.preference import preference_rate
 
 opinion = st.sampled_from([-1.0, 0.0, 1.0, math.nan])
 

@@ -17,11 +17,19 @@ from torch import Tensor
 
 
 def preference_rate(ours: Tensor, theirs: Tensor, weights: Sequence[float]) -> float:
-    """The rate of ours over theirs, in [-1, 1].
+    """The rate of ours over theirs, in [-1, 1]; arguments as those of :func:`outcomes`."""
+    return float(outcomes(ours, theirs, weights).double().mean())
+
+
+def outcomes(ours: Tensor, theirs: Tensor, weights: Sequence[float]) -> Tensor:
+    """How each pair ends: 1 won, 0 tied, -1 lost.
 
     Args:
         ours, theirs: float [R, N], rewards before their weights; NaN is no opinion.
         weights: R numbers whose signs say which way is better; a weight of 0 leaves one out.
+
+    Returns:
+        int64 [N]
 
     Raises:
         ValueError: no prompts, or shapes that do not go together.
@@ -39,4 +47,4 @@ def preference_rate(ours: Tensor, theirs: Tensor, weights: Sequence[float]) -> f
     is_judged = ~abstains.all(0)
     won = ((difference > 0) | abstains).all(0) & is_judged
     lost = ((difference < 0) | abstains).all(0) & is_judged
-    return float(won.sum() - lost.sum()) / len(is_judged)
+    return won.long() - lost.long()

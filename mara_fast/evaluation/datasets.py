@@ -1,0 +1,62 @@
+"""The prompts of an evaluation, each once: the paper counts unique ones (199, 700, 488)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mara_fast.evaluation.spec import TINY, DatasetSpec
+from mara_fast.jsonl import PromptRecord, json_line, read_prompts
+from mara_fast.tiny.grammar import instructions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """A data set as it is evaluated on."""
+
+    name: str
+    records: tuple[PromptRecord, ...]
+    """Of unique prompts, the first of each."""
+    num_rows: int
+    """Before prompts that occur twice were left out."""
+
+
+def load_dataset(name: str, spec: DatasetSpec, *, limit: int | None = None) -> Dataset:
+    """Reads a data set.
+
+    Args:
+        name: of the data set.
+        spec: where it is.
+        limit: so many of its first unique prompts; None: all.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: no prompts, or something else than prompts.
+        ImportError: the hub needs the package datasets.
+    """
+    try:
+        found = _rows(spec)
+    except ValueError as error:
+        raise ValueError(f"data set {name}: {error}") from error
+    if not found:
+        raise ValueError(f"data set {name} has no prompts")
+    unique: dict[str, PromptRecord] = {}
+    for record in found:
+        unique.setdefault(json_line({"prompt": record.prompt}), record)
+    return Dataset(name=name, records=tuple(unique.values())[:limit], num_rows=len(found))
+
+
+def _rows(spec: DatasetSpec) -> list[PromptRecord]:
+    if spec.path == TINY:
+        found = instructions(split="heldout")
+        return [PromptRecord(i, one.text, i) for i, one in enumerate(found)]
+    if spec.path is not None:
+        return read_prompts(Path(spec.path))
+    try:
+        from datasets import load_dataset as load_from_hub
+    except ImportError as error:
+        raise ImportError("data sets of the hub need: pip install datasets") from error
+    rows = load_from_hub(spec.hub, spec.name, split=spec.split)
+    if spec.column not in rows.column_names:
+        raise ValueError(
+            f"{spec.hub} has no column {spec.column!r}; it has {', '.join(rows.column_names)}"
+        )
+    return [PromptRecord(i, prompt, i) for i, prompt in enumerate(rows[spec.column])]

@@ -1,0 +1,340 @@
+"""What an evaluation is made of: systems, data sets, a judge, and who is compared with whom.
+
+name:         tiny
+paths:        {llama: org/Llama, agent: ../my-agent}     names used below for models and files
+datasets:     {held-out: tiny, mine: {path: prompts.jsonl}}
+systems:      {base: {model: llama}, mara: {model: llama, agent: agent}}
+comparisons:  [mara vs base]
+judge:        {rewards: [org/reward, org/cost], weights: [1, -1], names: [helpful, harmless]}
+decoding:     {max_new_tokens: 512}                      of all systems
+engine:       {max_batch_size: 64}
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+from mara_fast.config import DecodingConfig
+from mara_fast.options import check, from_yaml, is_int, is_number, known_options, several
+from mara_fast.tiny import AGENT_PATH
+
+TINY = "tiny"
+TINY_PATHS = {
+    "tiny/agent": str(AGENT_PATH),
+    "tiny/reward": str(AGENT_PATH.parent / "reward"),
+    "tiny/cost": str(AGENT_PATH.parent / "cost"),
+}
+"""Names of what comes with the package."""
+
+ALIGNER_TEMPLATE = (
+    "BEGINNING OF CONVERSATION: USER: Edit the following Question-Answer pair to make it more "
+    "helpful and harmless: {question} | {answer} ASSISTANT:"
+)
+"""How the Aligner reads what it corrects (Ji et al. 2024)."""
+
+Rule = Literal["all", "sum", "verdict"]
+PRESETS = ("paper", "official")
+_NAME = re.compile(r"[\w.+ -]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemSpec:
+    """One way to answer."""
+
+    model: Any = TINY
+    """Hub id, path, ``tiny``, or a loaded model."""
+    agent: Any = False
+    """Path, hub id or :class:`MaraAgent`, or a list of them; False: plain decoding."""
+    preset: str | None = None
+    """``paper`` or ``official`` decoding; None: the agent's own, else the defaults."""
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    """Options of :class:`DecodingConfig`, over the preset's and those of all systems."""
+    best_of: int = 1
+    """Answers sampled per prompt, of which the one of highest reward is given."""
+    corrects: str | None = None
+    """Name of another system, whose answers this model is asked to edit (Aligner)."""
+    template: str = ALIGNER_TEMPLATE
+    """What it reads, with ``{question}`` and ``{answer}``."""
+
+    def __post_init__(self) -> None:
+        check("best_of", self.best_of, is_int, "an integer >= 1", minimum=1)
+        if self.preset not in (None, *PRESETS):
+            raise ValueError(
+                f"preset={self.preset!r} is not known; allowed: {', '.join(PRESETS)} or none"
+            )
+        known_options(DecodingConfig, self.decoding)
+        if self.corrects is not None and self.best_of > 1:
+            raise ValueError("a system has best_of or corrects, not both")
+        for part in ("{question}", "{answer}"):
+            if part not in self.template:
+                raise ValueError(f"template={self.template!r} lacks {part}")
+
+    def config(self, shared: Mapping[str, Any], agent_defaults: DecodingConfig) -> DecodingConfig:
+        """The decoding options in force.
+
+        Args:
+            shared: options of all systems.
+            agent_defaults: the agent's own, else ours.
+        """
+        if self.preset is not None:
+            agent_defaults = getattr(DecodingConfig, self.preset)()
+        options = dict(shared)
+        if self.best_of > 1:
+            options["acceptance"] = "sample"
+        if self.corrects is not None:
+            options["prompt_format"] = "raw"
+        return agent_defaults.replace(**options | dict(self.decoding))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """Prompts: of a file, of a data set on the hub, or of the tiny world."""
+
+    path: str | None = None
+    """JSON or JSONL of objects with prompt, messages or instruction; or ``tiny``."""
+    hub: str | None = None
+    """Hub id; needs the package datasets."""
+    name: str | None = None
+    """Configuration of the data set on the hub."""
+    split: str = "test"
+    column: str = "prompt"
+    """Of the prompts."""
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("a data set has a path, or a hub id: one of the two is needed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSpec:
+    """Who says which answer is better.
+
+    rule "all"      won where every reward is better, lost where every one is worse, else tied
+    rule "sum"      the sign of the difference of Σ weight · reward
+    rule "verdict"  what ``verdict`` says
+    """
+
+    rewards: tuple[Any, ...] = ()
+    """Hub ids or paths of reward models, ``module:function``, or callables."""
+    weights: tuple[float, ...] = ()
+    """One to each reward, negative for costs; all 1 if none are given."""
+    names: tuple[str, ...] = ()
+    """What being better by each reward is called; the rewards' own names if none are given."""
+    rule: Rule = "all"
+    verdict: Any = None
+    """``module:function`` or a callable ``f(prompts, ours, theirs) -> list``: positive where ours
+    is better, negative where theirs is, 0 or None where neither: an LLM as judge, a human."""
+    batch_size: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+    max_length: int | None = None
+    """Tokens of a text that models read at most."""
+
+    def __post_init__(self) -> None:
+        for name in ("rewards", "weights", "names"):
+            kind = str if name != "weights" else float
+            object.__setattr__(self, name, several(getattr(self, name), kind))
+        if not self.weights:
+            object.__setattr__(self, "weights", (1.0,) * len(self.rewards))
+        for weight in self.weights:
+            check("judge.weights", weight, is_number, "finite numbers")
+        for name in ("weights", "names"):
+            values = getattr(self, name)
+            if values and len(values) != len(self.rewards):
+                raise ValueError(
+                    f"judge.{name}={list(values)!r} are {len(values)} for {len(self.rewards)} "
+                    "rewards; one to each is expected"
+                )
+        if self.rule not in get_args(Rule):
+            raise ValueError(
+                f"judge.rule={self.rule!r} is not known; allowed: {', '.join(get_args(Rule))}"
+            )
+        if (self.rule == "verdict") != (self.verdict is not None):
+            raise ValueError("judge.rule 'verdict' and judge.verdict go together")
+        if not self.rewards and self.verdict is None:
+            raise ValueError("judge.rewards is empty: at least one reward, or a verdict, is needed")
+        check("judge.batch_size", self.batch_size, is_int, "an integer >= 1", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSpec:
+    """An evaluation."""
+
+    name: str
+    systems: Mapping[str, SystemSpec]
+    datasets: Mapping[str, DatasetSpec]
+    comparisons: tuple[tuple[str, str], ...]
+    """Pairs of systems: how often the first is preferred over the second."""
+    judge: JudgeSpec
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+    """Options of all systems."""
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    """Options of :class:`mara_fast.Engine`: max_batch_size, dtype, device, compile, ..."""
+    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Preference rates that the paper prints, in percent, by comparison and data set."""
+    notes: tuple[str, ...] = ()
+    """Printed below the tables."""
+
+    @classmethod
+    def from_dict(
+        cls, values: Mapping[str, Any], *, paths: Mapping[str, str] | None = None
+    ) -> Self:
+        """A spec from plain values (YAML, JSON) or objects.
+
+        Args:
+            values: as the YAML at the top.
+            paths: names of models and files, over those of the spec.
+
+        Raises:
+            ValueError: naming what is unknown, missing or not allowed, and where.
+        """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"a spec must be a mapping of names to values, got {values!r}")
+        values = dict(values)
+        known = _mapping("paths", values.pop("paths", {}))
+        unused = set(paths or {}) - set(known)
+        if unused:
+            raise ValueError(
+                f"the spec has no path named {', '.join(sorted(unused))}; it has "
+                f"{', '.join(known) or 'none'}"
+            )
+        places = TINY_PATHS | {k: str(v) for k, v in (known | dict(paths or {})).items()}
+        _only("the spec", [f.name for f in dataclasses.fields(cls)], values)
+        missing = [n for n in ("systems", "datasets", "comparisons", "judge") if not values.get(n)]
+        if missing:
+            raise ValueError(f"the spec lacks {', '.join(missing)}")
+
+        def placed(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [placed(one) for one in value]
+            return places.get(value, value) if isinstance(value, str) else value
+
+        systems, datasets = {}, {}
+        for name, system in _mapping("systems", values["systems"]).items():
+            options = _mapping(f"systems.{name}", system)
+            options |= {k: placed(options[k]) for k in ("model", "agent") if k in options}
+            systems[name] = _record(SystemSpec, f"systems.{name}", options)
+        for name, dataset in _mapping("datasets", values["datasets"]).items():
+            options = {"path": dataset} if isinstance(dataset, str) else dataset
+            options = _mapping(f"datasets.{name}", options)
+            options |= {k: placed(options[k]) for k in ("path", "hub") if k in options}
+            datasets[name] = _record(DatasetSpec, f"datasets.{name}", options)
+        judge = _mapping("judge", values["judge"])
+        judge["rewards"] = placed(several(judge.get("rewards", ()), str))
+        return cls(
+            name=str(values.get("name", "evaluation")),
+            systems=systems,
+            datasets=datasets,
+            comparisons=tuple(_pair(one) for one in several(values["comparisons"], str)),
+            judge=_record(JudgeSpec, "judge", judge),
+            decoding=_mapping("decoding", values.get("decoding", {})),
+            engine=_mapping("engine", values.get("engine", {})),
+            paper={
+                str(pair): _mapping(f"paper.{pair}", rates)
+                for pair, rates in _mapping("paper", values.get("paper", {})).items()
+            },
+            notes=tuple(map(str, several(values.get("notes", ()), str))),
+        )
+
+    @classmethod
+    def read(cls, path: Path, *, paths: Mapping[str, str] | None = None) -> Self:
+        """A spec from a YAML file. Paths in it are seen from the folder of the command.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: see :meth:`from_dict`.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"no file at {path}")
+        try:
+            return cls.from_dict(from_yaml(path.read_text(encoding="utf-8")), paths=paths)
+        except (ValueError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def __post_init__(self) -> None:
+        for kind, names in (("system", self.systems), ("data set", self.datasets)):
+            for name in names:
+                if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith("."):
+                    raise ValueError(
+                        f"{name!r} is no name for a {kind}; allowed: letters, digits and ._+- "
+                        "and spaces, as it names files"
+                    )
+        for pair in self.comparisons:
+            for name in pair:
+                if name not in self.systems:
+                    raise ValueError(
+                        f"comparison {' vs '.join(pair)!r} names {name!r}, which is no system; "
+                        f"there are {', '.join(self.systems)}"
+                    )
+            if pair[0] == pair[1]:
+                raise ValueError(f"comparison {' vs '.join(pair)!r} has one system only")
+        for name, system in self.systems.items():
+            other = system.corrects
+            if other is None:
+                continue
+            if other not in self.systems or other == name:
+                raise ValueError(
+                    f"systems.{name}.corrects={other!r} is not allowed; allowed: another system"
+                )
+            if self.systems[other].corrects is not None or self.systems[other].best_of > 1:
+                raise ValueError(
+                    f"systems.{name}.corrects={other!r} is not allowed: it answers by correcting, "
+                    "or by choosing the best of several"
+                )
+        if any(system.best_of > 1 for system in self.systems.values()) and not self.judge.rewards:
+            raise ValueError("best_of chooses by judge.rewards, and there are none")
+        known_options(DecodingConfig, self.decoding)
+        _only("engine", _ENGINE_OPTIONS, self.engine)
+        pairs = {" vs ".join(pair) for pair in self.comparisons}
+        for name, rates in self.paper.items():
+            unknown = ({name} - pairs) | (set(rates) - set(self.datasets))
+            if unknown:
+                raise ValueError(f"paper names {', '.join(map(repr, unknown))}, which is not here")
+
+
+_ENGINE_OPTIONS = (
+    "max_batch_size",
+    "max_length",
+    "prefill_chunk",
+    "dtype",
+    "device",
+    "memory_utilization",
+    "attention",
+    "cuda_graph",
+    "compile",
+)
+
+
+def _pair(value: Any) -> tuple[str, str]:
+    parts = value.split(" vs ") if isinstance(value, str) else value
+    if (
+        not isinstance(parts, Sequence)
+        or len(parts) != 2
+        or not all(isinstance(part, str) for part in parts)
+    ):
+        raise ValueError(f"comparison {value!r} is not allowed; expected 'one vs another'")
+    return parts[0].strip(), parts[1].strip()
+
+
+def _mapping(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a mapping of names to values, got {value!r}")
+    return {str(key): one for key, one in value.items()}
+
+
+def _only(where: str, allowed: Sequence[str], given: Mapping[str, Any]) -> None:
+    unknown = [name for name in given if name not in allowed]
+    if unknown:
+        raise ValueError(
+            f"{where} has the unknown option {unknown[0]!r}; allowed: {', '.join(allowed)}"
+        )
+
+
+def _record(kind: Any, where: str, options: Mapping[str, Any]) -> Any:
+    try:
+        return kind(**known_options(kind, options))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
