@@ -1,9 +1,10 @@
 """The prompts of an evaluation, each once: the paper counts unique ones (199, 700, 488)."""
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
-from mara_fast.evaluation.spec import TINY, DatasetSpec
+from mara_fast.evaluation.spec import TINY_HALVES, DatasetSpec
 from mara_fast.jsonl import PromptRecord, json_line, read_prompts
 from mara_fast.tiny.grammar import instructions
 
@@ -41,12 +42,17 @@ def load_dataset(name: str, spec: DatasetSpec, *, limit: int | None = None) -> D
     unique: dict[str, PromptRecord] = {}
     for record in found:
         unique.setdefault(json_line({"prompt": record.prompt}), record)
-    return Dataset(name=name, records=tuple(unique.values())[:limit], num_rows=len(found))
+    records = list(unique.values())
+    if spec.sample is not None and spec.sample < len(records):
+        chosen = random.Random(0).sample(range(len(records)), spec.sample)
+        records = [records[index] for index in sorted(chosen)]
+    return Dataset(name=name, records=tuple(records[:limit]), num_rows=len(found))
 
 
 def _rows(spec: DatasetSpec) -> list[PromptRecord]:
-    if spec.path == TINY:
-        found = instructions(split="heldout")
+    if spec.path in TINY_HALVES:
+        half = TINY_HALVES[spec.path]
+        found = [one for one in instructions(split="heldout") if half in (None, one.harmful)]
         return [PromptRecord(i, one.text, i) for i, one in enumerate(found)]
     if spec.path is not None:
         return read_prompts(Path(spec.path))

@@ -69,8 +69,8 @@ class Comparison:
     preference: Rate
     by_reward: Mapping[str, Rate]
     """By each reward alone: helpful, harmless, ..."""
-    paper: float | None = None
-    """The preference rate that the paper prints, in [-1, 1]."""
+    paper: Mapping[str, float]
+    """Rates that the paper prints, in [-1, 1]: ``preference``, and those by reward."""
 
     @property
     def pair(self) -> str:
@@ -211,7 +211,7 @@ def _judged(
     for ours, theirs in spec.comparisons:
         for dataset in datasets:
             name = dataset.name
-            printed = spec.paper.get(f"{ours} vs {theirs}", {}).get(name)
+            printed = spec.paper.get(f"{ours} vs {theirs}", {}).get(name, {})
             one, other = scores.get((ours, name)), scores.get((theirs, name))
             if spec.judge.rule == "verdict":
                 texts = given[ours, name], given[theirs, name]
@@ -232,7 +232,7 @@ def _judged(
                     dataset=name,
                     preference=Rate.of(ends),
                     by_reward=by_reward,
-                    paper=None if printed is None else printed / 100,
+                    paper={label: rate / 100 for label, rate in printed.items()},
                 )
             )
     device = choose_device(spec.engine.get("device", "auto"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from mara_fast.evaluation.spec import PREFERENCE
 from mara_fast.outputs import DecodingStats
 
 if TYPE_CHECKING:
@@ -137,7 +138,13 @@ def _preferences(evaluation: "Evaluation") -> Table:
     for pair in dict.fromkeys(one.pair for one in evaluation.comparisons):
         by_dataset = {one.dataset: one for one in evaluation.comparisons if one.pair == pair}
         rows.append(
-            (pair, *(_bar(by_dataset[d].preference, by_dataset[d].paper) for d in datasets))
+            (
+                pair,
+                *(
+                    _bar(by_dataset[d].preference, by_dataset[d].paper.get(PREFERENCE))
+                    for d in datasets
+                ),
+            )
         )
     rule = {
         "all": "won where every reward is better, lost where every one is worse, else tied",
@@ -158,7 +165,7 @@ def _details(evaluation: "Evaluation") -> Table:
     rows = tuple(
         (
             f"{one.pair}, {one.dataset}",
-            *(str(_bar(one.by_reward[label])) for label in labels),
+            *(str(_bar(one.by_reward[label], one.paper.get(label))) for label in labels),
             f"{one.preference.num_won} / {one.preference.num_tied} / {one.preference.num_lost}",
             f"{one.preference.p_value:.2g}",
         )

@@ -21,7 +21,8 @@ from mara_fast.config import DecodingConfig
 from mara_fast.options import check, from_yaml, is_int, is_number, known_options, several
 from mara_fast.tiny import AGENT_PATH
 
-TINY = "tiny"
+TINY_HALVES: dict[str, bool | None] = {"tiny": None, "tiny/benign": False, "tiny/harmful": True}
+"""The instructions of the tiny world by name: all, those that are harmful or those that are not."""
 TINY_PATHS = {
     "tiny/agent": str(AGENT_PATH),
     "tiny/reward": str(AGENT_PATH.parent / "reward"),
@@ -35,6 +36,9 @@ ALIGNER_TEMPLATE = (
 )
 """How the Aligner reads what it corrects (Ji et al. 2024)."""
 
+PREFERENCE = "preference"
+"""What the paper's rates of a comparison are under, beside those by reward."""
+
 Rule = Literal["all", "sum", "verdict"]
 PRESETS = ("paper", "official")
 _NAME = re.compile(r"[\w.+ -]+")
@@ -44,7 +48,7 @@ _NAME = re.compile(r"[\w.+ -]+")
 class SystemSpec:
     """One way to answer."""
 
-    model: Any = TINY
+    model: Any = "tiny"
     """Hub id, path, ``tiny``, or a loaded model."""
     agent: Any = False
     """Path, hub id or :class:`MaraAgent`, or a list of them; False: plain decoding."""
@@ -94,7 +98,8 @@ class DatasetSpec:
     """Prompts: of a file, of a data set on the hub, or of the tiny world."""
 
     path: str | None = None
-    """JSON or JSONL of objects with prompt, messages or instruction; or ``tiny``."""
+    """JSON or JSONL of objects with prompt, messages or instruction; or ``tiny``, the held-out
+    instructions of the tiny world, ``tiny/benign`` or ``tiny/harmful``, a half of them."""
     hub: str | None = None
     """Hub id; needs the package datasets."""
     name: str | None = None
@@ -102,8 +107,12 @@ class DatasetSpec:
     split: str = "test"
     column: str = "prompt"
     """Of the prompts."""
+    sample: int | None = None
+    """So many of the unique prompts, drawn at random, the same every time; None: all."""
 
     def __post_init__(self) -> None:
+        if self.sample is not None:
+            check("sample", self.sample, is_int, "an integer >= 1", minimum=1)
         if (self.path is None) == (self.hub is None):
             raise ValueError("a data set has a path, or a hub id: one of the two is needed")
 
@@ -173,8 +182,9 @@ class EvalSpec:
     """Options of all systems."""
     engine: Mapping[str, Any] = field(default_factory=dict)
     """Options of :class:`mara_fast.Engine`: max_batch_size, dtype, device, compile, ..."""
-    paper: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Preference rates that the paper prints, in percent, by comparison and data set."""
+    paper: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    """Rates that the paper prints, in percent, by comparison and data set: ``preference``, and
+    those by reward. In a file a number alone is the preference rate."""
     notes: tuple[str, ...] = ()
     """Printed below the tables."""
 
@@ -233,8 +243,11 @@ class EvalSpec:
             decoding=_mapping("decoding", values.get("decoding", {})),
             engine=_mapping("engine", values.get("engine", {})),
             paper={
-                str(pair): _mapping(f"paper.{pair}", rates)
-                for pair, rates in _mapping("paper", values.get("paper", {})).items()
+                pair: {
+                    dataset: _printed(f"paper.{pair}.{dataset}", rates)
+                    for dataset, rates in _mapping(f"paper.{pair}", by_dataset).items()
+                }
+                for pair, by_dataset in _mapping("paper", values.get("paper", {})).items()
             },
             notes=tuple(map(str, several(values.get("notes", ()), str))),
         )
@@ -317,6 +330,14 @@ def _pair(value: Any) -> tuple[str, str]:
     ):
         raise ValueError(f"comparison {value!r} is not allowed; expected 'one vs another'")
     return parts[0].strip(), parts[1].strip()
+
+
+def _printed(name: str, value: Any) -> dict[str, float]:
+    """Rates of the paper, in percent."""
+    rates = _mapping(name, {PREFERENCE: value} if is_number(value) else value)
+    for rate in rates.values():
+        check(name, rate, is_number, "percentages", minimum=-100, maximum=100)
+    return rates
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from mara_fast.tiny.grammar import NUM_FOLDS
 from mara_fast.tiny.tokenizer import MAX_LENGTH, train_tokenizer
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Written by transformers, and of no use to a reader of the files.
 _DROPPED_KEYS = ("_name_or_path", "name_or_path", "transformers_version", "tokenizer_file")
@@ -37,6 +37,8 @@ class TinyConfig:
 
     seed: int = 0
     """Seeds the corpus and the first weights."""
+    architecture: str = "llama"
+    """Name of a family of transformers whose sizes are called as Llama's are: llama, mistral, ..."""
     fold: int = 0
     """Fifth of the instructions that is held out, 0 to 4."""
     num_dialogues: int = 22_000
@@ -74,7 +76,7 @@ class TinyConfig:
 
 def train(
     config: TinyConfig, *, start: Path | None = None
-) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
     """A trained LM, in eval mode, and its tokenizer.
 
     Args:
@@ -101,7 +103,7 @@ def train(
 
 
 def save(
-    model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", *, directory: Path
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerFast", *, directory: Path
 ) -> None:
     """Writes both as one standard folder, weights in float16."""
     model.to(torch.float16).save_pretrained(directory)
@@ -113,15 +115,16 @@ def save(
         path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _build(config: TinyConfig, *, tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+def _build(config: TinyConfig, *, tokenizer: "PreTrainedTokenizerFast") -> "PreTrainedModel":
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     special = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    sizes = LlamaConfig(
+    sizes = AutoConfig.for_model(
+        config.architecture,
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -135,15 +138,15 @@ def _build(config: TinyConfig, *, tokenizer: "PreTrainedTokenizerFast") -> "Llam
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        model = LlamaForCausalLM(sizes)
+        model = AutoModelForCausalLM.from_config(sizes)
     model.generation_config = GenerationConfig(**special)
     return model
 
 
-def _load(folder: Path) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+def _load(folder: Path) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-    model = LlamaForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
     return model, PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
 
 
@@ -166,7 +169,7 @@ def _batches(ids: Tensor, labels: Tensor, *, config: TinyConfig) -> list[tuple[T
 
 
 def _fit(
-    model: "LlamaForCausalLM", *, batches: list[tuple[Tensor, Tensor]], config: TinyConfig
+    model: "PreTrainedModel", *, batches: list[tuple[Tensor, Tensor]], config: TinyConfig
 ) -> None:
     num_warmup = max(1, round(config.warmup_fraction * len(batches)))
 

@@ -39,7 +39,26 @@ def test_the_first_of_equal_prompts_stays(tmp_path: Path) -> None:
 
 
 def test_the_tiny_world_s() -> None:
-    assert len(load_dataset("held-out", DatasetSpec(path="tiny")).records) > 300
+    everything, *halves = (
+        load_dataset("tiny", DatasetSpec(path=path)).records
+        for path in ("tiny", "tiny/benign", "tiny/harmful")
+    )
+    assert len(everything) > 300 and all(halves)
+    assert {r.prompt for r in everything} == {r.prompt for half in halves for r in half}
+    assert len(everything) == sum(map(len, halves))
+
+
+def test_a_sample_is_drawn_once_for_all() -> None:
+    one, other = (load_dataset("tiny", DatasetSpec(path="tiny", sample=40)) for _ in range(2))
+    everything = load_dataset("tiny", DatasetSpec(path="tiny"))
+    assert one == other and len(one.records) == 40 and one.num_rows == everything.num_rows
+    assert set(r.id for r in one.records) < set(r.id for r in everything.records)
+    assert one.records != everything.records[:40]
+    few = load_dataset("tiny", DatasetSpec(path="tiny", sample=40), limit=3)
+    assert few.records == one.records[:3]
+    assert load_dataset("tiny", DatasetSpec(path="tiny", sample=10**6)) == everything
+    with pytest.raises(ValueError, match="sample=0 is not allowed"):
+        DatasetSpec(path="tiny", sample=0)
 
 
 def test_bad_data_sets(tmp_path: Path) -> None:
