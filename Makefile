@@ -15,6 +15,7 @@ WORKERS ?= 2
 RESULTS ?= benchmarks/results
 # Where the tiny world is retrained, and which fifth of its instructions (0 to 4) is held out.
 TINY ?= tiny-world
+PAPER ?= paper-world
 FOLD ?= 0
 # What runs under the memory checker.
 SANITIZED := strides or splits or small_trees or every_rule_equals_torch or different_size
@@ -38,7 +39,7 @@ endif
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types unit slow gpu interpreted compiled gpu-tests gpu-memory \
-        gpu-bench reproduce-tiny tables folds bench micro format clean
+        gpu-bench reproduce-tiny tables paper step-shapes folds bench micro format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -111,6 +112,12 @@ reproduce-tiny: $(DEV) ## retrain the tiny world (LM, reward and cost model, age
 
 tables: $(DEV) ## the paper's Tables 3 and 5 in the tiny world: trains agents, judges and plots them
 	@$(PATHS) $(RUN) benchmarks/tiny_tables.py --output $(RESULTS)/tiny_tables.json
+
+paper: $(DEV) ## the paper's tables and figures on the miniature world: trains and answers everything
+	@$(PATHS) $(RUN) benchmarks/paper/miniature.py --folder $(PAPER) --output $(RESULTS)
+
+step-shapes: $(DEV) ## steps per token by how the rows of a step are handed out
+	@$(PATHS) $(RUN) benchmarks/step_shapes.py --output-json $(RESULTS)/step_shapes_cpu.json
 
 folds: $(DEV) ## the tiny world anew for every fold of its instructions that nobody looked at
 	@$(PATHS) $(RUN) benchmarks/tiny_folds.py --folder $(TINY)-folds \

@@ -19,7 +19,7 @@ from mara_fast.evaluation.datasets import Dataset
 from mara_fast.evaluation.spec import EvalSpec, SystemSpec
 from mara_fast.jsonl import PromptRecord, ResultFile
 from mara_fast.loading import load_model, load_tokenizer
-from mara_fast.outputs import DecodingStats
+from mara_fast.outputs import DecodingStats, Generation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +85,8 @@ def _answer(
         "dtype": str(engine.dtype),
         "samples": system.best_of,
         "corrects": None if before is None else before.settings,
-        **config.to_dict(),
+        **config.token_options(),
     }
-    # Not a token depends on it.
-    del settings["window"]
     path = folder / "answers" / name / f"{dataset.name}.jsonl"
     with ResultFile(path, records=records, settings=settings, overwrite=overwrite) as results:
         bar.update(len(results.done))
@@ -136,32 +134,18 @@ def _last_question(prompt: Any) -> str:
 def _read(
     path: Path, records: Sequence[PromptRecord], best_of: int, settings: Mapping[str, Any]
 ) -> Answers:
-    lines = {}
     with path.open(encoding="utf-8") as file:
-        for line in file:
-            result = json.loads(line)
-            lines[result["id"]] = result
-    ordered = [lines[record.id] for record in records]
-    texts = [result["text"] or "" for result in ordered]
+        found = {line["id"]: Generation.from_dict(line) for line in map(json.loads, file)}
+    ordered = [found[record.id] for record in records]
+    texts = [result.text or "" for result in ordered]
     return Answers(
         samples=tuple(
             tuple(texts[start : start + best_of]) for start in range(0, len(texts), best_of)
         ),
-        stats=sum((_stats(result["stats"]) for result in ordered), DecodingStats()),
-        num_failed=sum("error" in result for result in ordered),
+        stats=sum((result.stats for result in ordered), DecodingStats()),
+        num_failed=sum(result.error is not None for result in ordered),
         settings=settings,
     )
-
-
-def _stats(values: Mapping[str, Any]) -> DecodingStats:
-    """Histograms have texts as keys in JSON."""
-    numbered: dict[str, Any] = {
-        name: {int(key): count for key, count in value.items()}
-        if isinstance(value, Mapping)
-        else value
-        for name, value in values.items()
-    }
-    return DecodingStats(**numbered)
 
 
 class _Loader:

@@ -33,6 +33,12 @@ def evaluate(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder of answers, scores and the report.")
     ],
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            "--work", help="Folder of answers and scores, shared with other specs; else the output."
+        ),
+    ] = None,
     path: Annotated[
         list[str] | None,
         typer.Option("--path", metavar="NAME=PLACE", help="Where a name of the spec's paths is."),
@@ -74,7 +80,7 @@ def evaluate(
                 )
             return
         try:
-            found = evaluate(spec, output, limit=limit, overwrite=overwrite)
+            found = evaluate(spec, output, limit=limit, overwrite=overwrite, work=work)
         except KeyboardInterrupt:
             typer.echo(
                 f"interrupted: what is there is in {output}; the same command goes on", err=True

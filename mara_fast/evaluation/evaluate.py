@@ -126,15 +126,18 @@ def evaluate(
     paths: Mapping[str, str] | None = None,
     limit: int | None = None,
     overwrite: bool = False,
+    work: Path | str | None = None,
 ) -> Evaluation:
     """Answers, judges, compares and reports; a stopped run goes on where it was.
 
     Args:
         spec: an :class:`EvalSpec`, its plain values, or a YAML file of them.
-        output: folder of the run.
+        output: folder of the report, and of answers and scores.
         paths: names of models and files, over those of the spec.
         limit: so many prompts of each data set; None: all.
         overwrite: forget the answers and scores that are there.
+        work: folder of answers and scores, which several evaluations may share: systems of one
+            name are then one system. None: the output.
 
     Raises:
         ValueError: before any work, naming what was given and what is allowed; results in the
@@ -150,8 +153,9 @@ def evaluate(
         raise ValueError(f"limit={limit!r} is not allowed; allowed: an integer >= 1")
     folder = Path(output)
     datasets = check(spec, limit=limit)
-    judge = Judge(spec.judge, folder, overwrite=overwrite)
-    answers = answer_all(spec, datasets, folder, overwrite=overwrite)
+    place = folder if work is None else Path(work)
+    judge = Judge(spec.judge, place, overwrite=overwrite)
+    answers = answer_all(spec, datasets, place, overwrite=overwrite)
     # Language models make room for reward models.
     gc.collect()
     if torch.cuda.is_available():

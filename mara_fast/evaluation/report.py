@@ -72,44 +72,71 @@ def profile(stats: DecodingStats) -> dict[str, float | None]:
     }
 
 
-def markdown(evaluation: "Evaluation") -> str:
-    """The report as Markdown."""
-    lines = [f"# {evaluation.spec.name}", "", _made(evaluation), ""]
-    for table in tables(evaluation):
-        lines += [f"## {table.title}", "", table.caption, ""]
-        lines += [_line(table.columns), _line(["---", *["---:"] * (len(table.columns) - 1)])]
-        lines += [_line([str(cell) for cell in row]) for row in table.rows]
-        lines.append("")
-    if evaluation.spec.notes:
-        lines += ["## Notes", "", *(f"- {note}" for note in evaluation.spec.notes), ""]
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A picture of a page."""
+
+    title: str
+    caption: str
+    svg: str
+    """Drawn in ``currentColor`` on no ground, for light and dark."""
+
+
+def markdown(*evaluations: "Evaluation", title: str | None = None) -> str:
+    """The report as Markdown; of several evaluations under a title."""
+    lines = [] if title is None else [f"# {title}", ""]
+    level = "#" if title is None else "##"
+    for evaluation in evaluations:
+        lines += [f"{level} {evaluation.spec.name}", "", _made(evaluation), ""]
+        for table in tables(evaluation):
+            lines += [f"{level}# {table.title}", "", table.caption, ""]
+            lines += [_line(table.columns), _line(["---", *["---:"] * (len(table.columns) - 1)])]
+            lines += [_line([str(cell) for cell in row]) for row in table.rows]
+            lines.append("")
+        if evaluation.spec.notes:
+            lines += [f"{level}# Notes", "", *(f"- {note}" for note in evaluation.spec.notes), ""]
     return "\n".join(lines)
 
 
-def page(evaluation: "Evaluation") -> str:
+def page(
+    *evaluations: "Evaluation", title: str | None = None, figures: Sequence[Figure] = ()
+) -> str:
     """The report as a page that needs nothing else, light or dark as the reader's system is."""
-    parts = [f"<h1>{_escaped(evaluation.spec.name)}</h1>", f"<p>{_escaped(_made(evaluation))}</p>"]
-    for table in tables(evaluation):
-        head = "".join(f"<th scope=col>{_escaped(name)}</th>" for name in table.columns)
-        body = "".join(
-            f"<tr><th scope=row>{_drawn(row[0])}</th>"
-            + "".join(f"<td>{_drawn(cell)}</td>" for cell in row[1:])
-            + "</tr>"
-            for row in table.rows
-        )
+    name = evaluations[0].spec.name if title is None else title
+    parts = [f"<h1>{_escaped(name)}</h1>"]
+    for figure in figures:
         parts.append(
-            f"<section><h2>{_escaped(table.title)}</h2><p>{_escaped(table.caption)}</p>"
-            f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-            "</div></section>"
+            f"<figure>{figure.svg}<figcaption><b>{_escaped(figure.title)}.</b> "
+            f"{_escaped(figure.caption)}</figcaption></figure>"
         )
-    if evaluation.spec.notes:
-        notes = "".join(f"<li>{_escaped(note)}</li>" for note in evaluation.spec.notes)
-        parts.append(f"<section><h2>Notes</h2><ul>{notes}</ul></section>")
+    for evaluation in evaluations:
+        head = "" if title is None else f"<h2>{_escaped(evaluation.spec.name)}</h2>"
+        parts.append(f"{head}<p>{_escaped(_made(evaluation))}</p>")
+        parts += [_section(table) for table in tables(evaluation)]
+        if evaluation.spec.notes:
+            notes = "".join(f"<li>{_escaped(note)}</li>" for note in evaluation.spec.notes)
+            parts.append(f"<section><h3>Notes</h3><ul>{notes}</ul></section>")
     style = files("mara_fast.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{_escaped(evaluation.spec.name)}</title><style>{style}</style></head>"
+        f"<title>{_escaped(name)}</title><style>{style}</style></head>"
         f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
+
+def _section(table: Table) -> str:
+    head = "".join(f"<th scope=col>{_escaped(name)}</th>" for name in table.columns)
+    body = "".join(
+        f"<tr><th scope=row>{_drawn(row[0])}</th>"
+        + "".join(f"<td>{_drawn(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in table.rows
+    )
+    return (
+        f"<section><h3>{_escaped(table.title)}</h3><p>{_escaped(table.caption)}</p>"
+        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        "</div></section>"
     )
 
 

@@ -41,7 +41,7 @@ PREFERENCE = "preference"
 
 Rule = Literal["all", "sum", "verdict"]
 PRESETS = ("paper", "official")
-_NAME = re.compile(r"[\w.+ -]+")
+_NAME = re.compile(r"[\w.,+%() -]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,8 +272,8 @@ class EvalSpec:
             for name in names:
                 if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith("."):
                     raise ValueError(
-                        f"{name!r} is no name for a {kind}; allowed: letters, digits and ._+- "
-                        "and spaces, as it names files"
+                        f"{name!r} is no name for a {kind}; allowed: letters, digits, spaces "
+                        "and .,_+-%(), as it names files"
                     )
         for pair in self.comparisons:
             for name in pair:

@@ -38,7 +38,7 @@ class TinyConfig:
     seed: int = 0
     """Seeds the corpus and the first weights."""
     architecture: str = "llama"
-    """Name of a family of transformers whose sizes are called as Llama's are: llama, mistral, ..."""
+    """A family of transformers whose sizes are called as Llama's are: llama, mistral, ..."""
     fold: int = 0
     """Fifth of the instructions that is held out, 0 to 4."""
     num_dialogues: int = 22_000
