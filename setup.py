@@ -35,7 +35,14 @@ setup(
         *find_packages("train"),
     ],
     package_data={
-        "mara_fast": ["py.typed", "tiny/assets/**"],
+        "mara_fast": [
+            "py.typed",
+            "evaluation/report.css",
+            "inspection/*.css",
+            "inspection/*.html",
+            "inspection/*.js",
+            "tiny/assets/**",
+        ],
         "mara_kernels": ["py.typed"],
         "mara_train": ["py.typed", "recipes/*.yaml"],
     },

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 from tqdm import tqdm
 
+from mara_fast.alarms import alarms
 from mara_fast.config import DecodingConfig
 from mara_fast.jsonl import NoFile, PromptRecord, ResultFile, json_line
 from mara_fast.outputs import DecodingStats, Generation
@@ -36,6 +37,7 @@ def answer(
         typer.echo()
     if stats:
         typer.echo(summary(generation.stats), err=True)
+    _raise_alarms(generation.stats, config)
     if generation.error is not None:
         raise ValueError(generation.error)
 
@@ -55,6 +57,7 @@ def answer_lines(
         failed += generation.error is not None
     if stats:
         typer.echo(summary(total), err=True)
+    _raise_alarms(total, config)
     if failed:
         raise ValueError(f"{failed} prompts ended in an error")
 
@@ -94,6 +97,7 @@ def answer_file(
                 )
                 raise typer.Exit(130) from None
     typer.echo(f"{output_path}: {len(records)} results; {summary(total)}", err=True)
+    _raise_alarms(total, config)
     if failed:
         raise ValueError(f"{failed} prompts ended in an error; see error in {output_path}")
 
@@ -111,6 +115,12 @@ def _started(
     except PromptError as error:
         record = records[error.index]
         raise ValueError(f"{record.where}: prompt {record.id!r}{error.problem}") from error
+
+
+def _raise_alarms(stats: DecodingStats, config: DecodingConfig) -> None:
+    """Says once what looks wrong with a whole run."""
+    for text in alarms(stats, config):
+        typer.echo(f"alarm: {text}", err=True)
 
 
 def summary(stats: DecodingStats) -> str:

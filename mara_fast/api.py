@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from mara_fast.agent import MaraAgent
 from mara_fast.config import DecodingConfig
 from mara_fast.engine import Engine
-from mara_fast.loading import TINY, ModelLike
+from mara_fast.loading import TINY, AgentLike, ModelLike
 from mara_fast.outputs import Generation, TokenEvent
 
 if TYPE_CHECKING:
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 def generate(
     prompts: Any,
     model: ModelLike = TINY,
-    agent: MaraAgent | str | bool | None = None,
+    agent: AgentLike = None,
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     config: DecodingConfig | None = None,
@@ -32,8 +31,8 @@ def generate(
         prompts: a text, a chat (list of role/content dicts), a list of either, or a list of
             token-id lists.
         model: hub id, path, loaded model, or ``"tiny"``, the embedded default.
-        agent: an agent, a folder or hub id of one. None: ``"tiny"`` brings its own, any other
-            model decodes plainly. False: plain decoding.
+        agent: an agent, a folder or hub id of one, or a list of these, which decide together.
+            None: ``"tiny"`` brings its own, any other model decodes plainly. False: plain decoding.
         tokenizer: None: the one at the model's path.
         config: decoding options; None: the agent's defaults.
         engine: decode with it; model, agent and tokenizer are then its own.
@@ -54,7 +53,7 @@ def generate(
 def stream(
     prompt: Any,
     model: ModelLike = TINY,
-    agent: MaraAgent | str | bool | None = None,
+    agent: AgentLike = None,
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     config: DecodingConfig | None = None,

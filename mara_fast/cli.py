@@ -1,11 +1,14 @@
 """The command ``mara-fast``."""
 
 import dataclasses
+import functools
+import inspect
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -51,6 +54,8 @@ _FILES = "Files"
 
     mara-fast generate -m org/model -a org/agent "Hello"            any causal LM, any agent
 
+    mara-fast generate -m org/model -a org/kind -a org/terse --agent-weight 2 --agent-weight 1 "Hi"
+
     mara-fast generate -m org/model --no-agent "Hello"              plain decoding
 
     mara-fast generate -i prompts.jsonl -o answers.jsonl            many; run again to resume
@@ -64,9 +69,12 @@ def generate(
         str, typer.Option("--model", "-m", help="Hub id or path.", rich_help_panel=_MODEL)
     ] = "tiny",
     agent: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            "--agent", "-a", help="Hub id or folder of a MARA agent.", rich_help_panel=_MODEL
+            "--agent",
+            "-a",
+            help="Hub id or folder of a MARA agent; repeatable: they decide together.",
+            rich_help_panel=_MODEL,
         ),
     ] = None,
     no_agent: Annotated[
@@ -185,6 +193,35 @@ def generate(
     prompt_format: Annotated[
         str | None, typer.Option(help="auto, chat, raw, official.", rich_help_panel=_DECODING)
     ] = None,
+    agent_weight: Annotated[
+        list[float] | None,
+        typer.Option(help="One per --agent, in order; 0: unasked.", rich_help_panel=_DECODING),
+    ] = None,
+    agent_combination: Annotated[
+        str | None,
+        typer.Option(help="Of several agents: logit, product, min.", rich_help_panel=_DECODING),
+    ] = None,
+    max_fallback_rate: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of positions without an accepted candidate that raises an alarm; 1: none.",
+            rich_help_panel=_DECODING,
+        ),
+    ] = None,
+    max_repetition: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of repeated tokens that raises an alarm; 1: none.",
+            rich_help_panel=_DECODING,
+        ),
+    ] = None,
+    kl_budget: Annotated[
+        float | None,
+        typer.Option(
+            help="Nats per token away from the model that raise an alarm.",
+            rich_help_panel=_DECODING,
+        ),
+    ] = None,
     trace: Annotated[
         bool | None,
         typer.Option("--trace", help="Record every candidate in the JSON.", rich_help_panel=_FILES),
@@ -195,7 +232,7 @@ def generate(
     stats: Annotated[bool, typer.Option("--stats", help="Print statistics to stderr.")] = False,
 ) -> None:
     """Answer a prompt, or a file of prompts, with a language model and an agent."""
-    options = {
+    flags = {
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,
         "top_k": top_k,
@@ -206,11 +243,16 @@ def generate(
         "strategy": strategy,
         "fallback": fallback,
         "order": order,
-        "window": int(window) if window is not None and window.isdecimal() else window,
+        "window": window,
         "seed": seed,
-        "stop_strings": stop or None,
+        "stop": stop,
         "ignore_eos": ignore_eos,
         "prompt_format": prompt_format,
+        "agent_weight": agent_weight,
+        "agent_combination": agent_combination,
+        "max_fallback_rate": max_fallback_rate,
+        "max_repetition": max_repetition,
+        "kl_budget": kl_budget,
         "trace": trace,
     }
     with ExitStack() as stack, clear_errors():
@@ -228,17 +270,16 @@ def generate(
             raise ValueError("--trace needs --json or --input")
         if input_path is not None and prompt is not None:
             raise ValueError("give a prompt or --input, not both")
-        if no_agent and agent is not None:
-            raise ValueError("give --agent or --no-agent, not both")
+        chosen = chosen_agent(agent, no_agent=no_agent)
         if input_path is None:
-            prompt = _stdin_prompt() if prompt is None else prompt
+            prompt = stdin_prompt() if prompt is None else prompt
         if tensor_parallel:
             if check_processes():
                 stack.enter_context(silenced())
         else:
             check_alone()
-        given = _yaml(config_path) | {k: v for k, v in options.items() if v is not None}
-        _check_options(preset, given)
+        given = given_options(config_path, preset, flags)
+        check_dial_flags(given, chosen)
         if input_path is not None:
             from mara_fast.jsonl import read_prompts
 
@@ -250,17 +291,17 @@ def generate(
 
         engine_options = EngineOptions(
             model=model,
-            agent=False if no_agent else agent,
+            agent=chosen,
             dtype=dtype,
             device=device,
             max_batch_size=max_batch_size,
         )
         source: Any
         if num_gpus is None:
-            source = _engine(engine_options, tensor_parallel=tensor_parallel)
+            source = load_engine(engine_options, tensor_parallel=tensor_parallel)
         else:
             source = ParallelEngine(engine_options, num_workers=num_gpus)
-        config = _config(source, preset, given)
+        config = config_in_force(source, preset, given)
         if input_path is None:
             answer(source, config, prompt, as_json=as_json, stats=stats)
         elif output_path is None:
@@ -268,12 +309,10 @@ def generate(
         else:
             settings = {
                 "model": model,
-                "agent": None if source.agent is None else agent or "tiny",
+                "agent": None if source.agent is None else chosen or "tiny",
                 "dtype": str(source.dtype),
             }
-            settings |= config.to_dict()
-            # Not a token depends on it.
-            del settings["window"]
+            settings |= config.token_options()
             answer_file(source, config, records, output_path, settings, overwrite=overwrite)
 
 
@@ -340,7 +379,7 @@ def main() -> None:
     app()
 
 
-def _stdin_prompt() -> str:
+def stdin_prompt() -> str:
     if sys.stdin is None or sys.stdin.isatty():
         raise ValueError("no prompt: give one as an argument, by standard input, or --input FILE")
     text = sys.stdin.read().strip("\r\n")
@@ -360,7 +399,87 @@ def _yaml(path: Path | None) -> dict[str, Any]:
         raise ValueError(f"{path} must hold option: value lines")
     # As the flags are written.
     names = {name: str(name).replace("-", "_") for name in values}
-    return {"stop_strings" if names[k] == "stop" else names[k]: v for k, v in values.items()}
+    return {_OPTION_OF_FLAG.get(names[k], names[k]): v for k, v in values.items()}
+
+
+_OPTION_OF_FLAG = {"stop": "stop_strings", "agent_weight": "agent_weights"}
+"""Of the flags that are given once per value."""
+
+
+def chosen_agent(
+    agents: list[str] | None, *, no_agent: bool
+) -> str | tuple[str, ...] | Literal[False] | None:
+    """What ``--agent`` and ``--no-agent`` say, as :class:`EngineOptions` takes it."""
+    if no_agent and agents:
+        raise ValueError("give --agent or --no-agent, not both")
+    if no_agent:
+        return False
+    if not agents:
+        return None
+    return agents[0] if len(agents) == 1 else tuple(agents)
+
+
+def check_dial_flags(
+    given: Mapping[str, Any], agent: str | tuple[str, ...] | Literal[False] | None
+) -> None:
+    """Raises a ValueError for weights of another number of agents, before a model is loaded.
+
+    Args:
+        given: options, as :func:`given_options` makes them.
+        agent: what :func:`chosen_agent` says; how many None are only the model knows.
+    """
+    from mara_fast.mixture import check_weights
+    from mara_fast.options import several
+
+    weights = given.get("agent_weights")
+    if weights is not None and agent is not None:
+        num_agents = 0 if agent is False else len(several(agent, str))
+        check_weights(several(weights, float), num_agents)
+
+
+def given_options(
+    config_path: Path | None, preset: Preset | None, flags: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The options of the file, then those of the flags, checked before a model is loaded."""
+    options = {name: value for name, value in flags.items() if value is not None}
+    if "window" in options and options["window"].isdecimal():
+        options["window"] = int(options["window"])
+    for flag, option in _OPTION_OF_FLAG.items():
+        values = options.pop(flag, None)
+        if values:
+            options[option] = values
+    given = _yaml(config_path) | options
+    _check_options(preset, given)
+    return given
+
+
+def with_decoding_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that also has the flags of ``generate`` for a model and for decoding.
+
+    Args:
+        command: takes the values of these flags, by name, as ``flags``.
+    """
+    own = dict(inspect.signature(command).parameters)
+    del own["flags"]
+    shared = {
+        name: parameter
+        for name, parameter in inspect.signature(generate).parameters.items()
+        if name not in (*own, "num_gpus", "tensor_parallel")
+        and any(
+            getattr(note, "rich_help_panel", None) in (_MODEL, _DECODING)
+            for note in getattr(parameter.annotation, "__metadata__", ())
+        )
+    }
+
+    @functools.wraps(command)
+    def flagged(**values: Any) -> None:
+        flags = {name: values.pop(name) for name in shared}
+        command(**values, flags=flags)
+
+    parameters = [*own.values(), *shared.values()]
+    flagged.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flagged.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flagged
 
 
 def _same_file(one: Path, other: Path) -> bool:
@@ -378,7 +497,7 @@ def _check_options(preset: Preset | None, given: dict[str, Any]) -> None:
     DecodingConfig.from_dict({"max_new_tokens": sys.maxsize} | given)
 
 
-def _engine(options: "EngineOptions", *, tensor_parallel: bool) -> "Engine":
+def load_engine(options: "EngineOptions", *, tensor_parallel: bool) -> "Engine":
     from transformers.utils import logging
 
     from mara_fast.engine import Engine
@@ -387,7 +506,9 @@ def _engine(options: "EngineOptions", *, tensor_parallel: bool) -> "Engine":
     return Engine(**dataclasses.asdict(options), tensor_parallel=tensor_parallel)
 
 
-def _config(engine: "AnyEngine", preset: Preset | None, given: dict[str, Any]) -> "DecodingConfig":
+def config_in_force(
+    engine: "AnyEngine", preset: Preset | None, given: dict[str, Any]
+) -> "DecodingConfig":
     from mara_fast.config import DecodingConfig
 
     base = getattr(DecodingConfig, preset.value)() if preset else None

@@ -1,11 +1,13 @@
 """A finished slot as a :class:`Generation`."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mara_fast.alarms import alarms
 from mara_fast.config import DecodingConfig
 from mara_fast.outputs import (
     CandidateTrace,
@@ -25,6 +27,7 @@ from mara_fast.slot_state import (
     PLAIN,
     SlotState,
 )
+from mara_fast.token_text import TokenNames, decode_text, text_pieces
 from mara_kernels.cascade import acceptance_uniforms, rank_of_tried
 
 if TYPE_CHECKING:
@@ -81,16 +84,19 @@ def collect(
         )
         position = len(prompt_token_ids) + num_tokens
         error = f"{what} at position {position} (output token {num_tokens})"
+    stats = DecodingStats.of(tokens, num_forwards=int(state.num_forwards), seconds=seconds)
     return Generation(
         prompt=prompt,
         prompt_token_ids=prompt_token_ids,
         text=text,
         token_ids=ids,
         finish_reason=reason,
-        stats=DecodingStats.of(tokens, num_forwards=int(state.num_forwards), seconds=seconds),
+        stats=stats,
         tokens=tokens,
-        trace=_with_candidates(state, tokens, config) if config.trace else None,
+        trace=_trace(state, tokens, config, tokenizer) if config.trace else None,
+        options=config.to_dict() if config.trace else None,
         error=error,
+        alarms=alarms(stats, config),
     )
 
 
@@ -105,10 +111,12 @@ def token_traces(
         config: decoding options.
     """
     traces = []
-    for (token_id, size, rank, tried, verdict), (logprob, logit) in zip(
+    for (token_id, size, rank, tried, verdict), (logprob, logit, policy, reference) in zip(
         records, floats, strict=True
     ):
         asked = verdict in (ACCEPTED, FALLBACK)
+        # Of the other strategies Eq. 6 says nothing.
+        has_policy = asked and config.strategy == "first"
         stops_early = verdict == ACCEPTED and config.strategy == "first"
         traces.append(
             TokenTrace(
@@ -119,6 +127,8 @@ def token_traces(
                 accept_prob=_sigmoid(logit) if asked else None,
                 verdict=_VERDICTS[verdict],  # type: ignore[arg-type]
                 num_examined=(tried + 1 if stops_early else size) if asked else 0,
+                policy_logprob=policy if has_policy else None,
+                reference_logprob=reference if asked else None,
             )
         )
     return tuple(traces)
@@ -170,13 +180,48 @@ def _may_stop(
     return any(stop in text for stop in stop_strings)
 
 
-def decode_text(tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int]) -> str:
-    """Text of tokens, special ones left out; more tokens only add to it.
+def _trace(
+    state: SlotState,
+    tokens: Sequence[TokenTrace],
+    config: DecodingConfig,
+    tokenizer: "PreTrainedTokenizerBase | None",
+) -> tuple[TokenTrace, ...]:
+    traced = _with_candidates(state, tokens, config)
+    return traced if tokenizer is None else with_texts(traced, tokenizer)
 
-    Hence no clean-up of spaces, which rewrites what came before.
-    """
-    text = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return str(text)
+
+def with_texts(
+    tokens: Sequence[TokenTrace], tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[TokenTrace, ...]:
+    """The tokens of a sequence and their candidates, with the texts of a trace."""
+    names = TokenNames(tokenizer)
+    pieces = text_pieces(
+        [token.token_id for token in tokens], lambda ids: decode_text(tokenizer, ids)
+    )
+    with_text: list[TokenTrace] = []
+    last = 0
+    for index, token in enumerate(tokens):
+        special = names.is_special(token.token_id)
+        if not special:
+            last = index
+        elif pieces[index]:
+            # It ends a character that nothing completes.
+            pieces[last] += pieces[index]
+    for token, piece in zip(tokens, pieces, strict=True):
+        special = names.is_special(token.token_id)
+        candidates = tuple(
+            dataclasses.replace(
+                candidate,
+                text=names[candidate.token_id],
+                is_special=names.is_special(candidate.token_id),
+            )
+            for candidate in token.candidates
+        )
+        text = names[token.token_id] if special else piece
+        with_text.append(
+            dataclasses.replace(token, text=text, is_special=special, candidates=candidates)
+        )
+    return tuple(with_text)
 
 
 def _with_candidates(

@@ -15,7 +15,12 @@ import typer
 from typer.core import TyperGroup
 
 GROUP = "mara_fast.commands"
-COMPANIONS = {"bench": "mara_fast.bench.cli", "train": "mara_train.cli"}
+COMPANIONS = {
+    "bench": "mara_fast.bench.cli",
+    "eval": "mara_fast.evaluation.cli",
+    "inspect": "mara_fast.inspection.cli",
+    "train": "mara_train.cli",
+}
 """Commands of our own distribution, and the modules that run without an installation."""
 
 

@@ -1,6 +1,7 @@
 """How a position is truncated, decided and stopped: one frozen record."""
 
 import dataclasses
+import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from mara_kernels.cascade import (
 
 PromptFormat = Literal["auto", "chat", "raw", "official"]
 PROMPT_FORMATS: tuple[str, ...] = get_args(PromptFormat)
+AgentCombination = Literal["logit", "product", "min"]
+AGENT_COMBINATIONS: tuple[str, ...] = get_args(AgentCombination)
+_LIMITS = ("max_fallback_rate", "max_repetition", "kl_budget")
 _NUMBERS = (
     "max_new_tokens",
     "min_new_tokens",
@@ -30,6 +34,7 @@ _NUMBERS = (
     "threshold",
     "window",
     "seed",
+    *_LIMITS,
 )
 
 
@@ -65,6 +70,18 @@ class DecodingConfig:
             special tokens, as the released agents were trained (double BOS). ``"auto"``: chat if
             the tokenizer has a template, else raw.
         trace: keep every candidate, log-probability, accept probability and verdict.
+        agent_weights: of several agents, one each in their order, finite and >= 0, not all 0; an
+            agent of weight 0 is not asked. None: 1 each. Without effect where one agent decides.
+        agent_combination: how accept logits d of several agents become one, with weights w:
+            ``"logit"``: the mean Σ w d / Σ w; ``"product"``: the accept probabilities multiplied,
+            Π σ(d)^w; ``"min"``: the strictest agent of weight above 0, the weights otherwise
+            without effect.
+        max_fallback_rate: share of the decided positions at which all candidates may be rejected,
+            in [0, 1], before :mod:`mara_fast.alarms` speaks up; None: never.
+        max_repetition: share of the tokens that may repeat what was said before, in [0, 1], before
+            it does; None: never.
+        kl_budget: nats per token that the policy may move away from the language model before it
+            does, >= 0; None: never. It is known for the strategy ``"first"`` only.
 
     Raises:
         ValueError: naming the option, what was given and what is allowed.
@@ -87,6 +104,11 @@ class DecodingConfig:
     ignore_eos: bool = False
     prompt_format: PromptFormat = "auto"
     trace: bool = False
+    agent_weights: tuple[float, ...] | None = None
+    agent_combination: AgentCombination = "logit"
+    max_fallback_rate: float | None = 0.2
+    max_repetition: float | None = 0.5
+    kl_budget: float | None = None
 
     @classmethod
     def paper(cls, **options: Any) -> Self:
@@ -113,6 +135,17 @@ class DecodingConfig:
             name: list(value) if isinstance(value, tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
+
+    def without_limits(self) -> Self:
+        """This config without alarms, on which no token and no step depends."""
+        return dataclasses.replace(
+            self, max_fallback_rate=None, max_repetition=None, kl_budget=None
+        )
+
+    def token_options(self) -> dict[str, Any]:
+        """Plain values of the options that a token may depend on."""
+        options = self.to_dict()
+        return {k: v for k, v in options.items() if k not in ("window", *_LIMITS)}
 
     @property
     def cascade_rule(self) -> CascadeRule:
@@ -155,6 +188,7 @@ class DecodingConfig:
             ("fallback", FALLBACKS),
             ("order", ORDERS),
             ("prompt_format", PROMPT_FORMATS),
+            ("agent_combination", AGENT_COMBINATIONS),
         ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in allowed:
@@ -175,3 +209,27 @@ class DecodingConfig:
                     f"eos_token_id={self.eos_token_id!r} is not allowed; allowed: integers >= 0"
                 )
             object.__setattr__(self, "eos_token_id", ids)
+        if self.agent_weights is not None:
+            weights = tuple(map(plain, several(self.agent_weights, numbers.Real)))
+            if not all(is_number(w) and w >= 0 for w in weights) or not any(weights):
+                raise ValueError(
+                    f"agent_weights={self.agent_weights!r} is not allowed; allowed: finite numbers "
+                    ">= 0, one per agent, not all 0"
+                )
+            object.__setattr__(self, "agent_weights", tuple(map(float, weights)))
+        self._check_limits()
+
+    def _check_limits(self) -> None:
+        for name, allowed, most in (
+            ("max_fallback_rate", "a number in [0, 1] or None", 1.0),
+            ("max_repetition", "a number in [0, 1] or None", 1.0),
+            ("kl_budget", "a number >= 0 or None", math.inf),
+        ):
+            value = getattr(self, name)
+            if value is not None:
+                check(name, value, is_number, allowed, minimum=0, maximum=most)
+        if self.kl_budget is not None and self.strategy != "first":
+            raise ValueError(
+                f"kl_budget={self.kl_budget!r} cannot be measured with strategy="
+                f"{self.strategy!r}; allowed: strategy='first', or kl_budget=None"
+            )

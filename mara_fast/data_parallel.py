@@ -40,7 +40,7 @@ class EngineOptions:
     """What every process builds its engine from, see :class:`mara_fast.Engine`."""
 
     model: str
-    agent: str | bool | None = None
+    agent: str | tuple[str, ...] | bool | None = None
     dtype: str = "auto"
     device: str = "auto"
     max_batch_size: int = 16

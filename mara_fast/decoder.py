@@ -26,6 +26,7 @@ from mara_fast.attention import TreeContext
 from mara_fast.cache import SlotCache
 from mara_fast.config import DecodingConfig
 from mara_fast.language_model import FrozenLM
+from mara_fast.mixture import AgentMixture
 from mara_fast.row_budget import Packing, StepShape, hand_out, survival
 from mara_fast.slot_state import (
     ACCEPTED,
@@ -93,7 +94,7 @@ class Decoder:
 
     Args:
         lm: the frozen language model.
-        agent: accepts or rejects; None for plain decoding.
+        agent: accepts or rejects, weighted already; None for plain decoding.
         config: decoding options.
         cache: to decode in; at least ``num_slots`` slots, and scratch for every forward's rows.
         num_slots: size of the batch.
@@ -106,7 +107,7 @@ class Decoder:
     def __init__(
         self,
         lm: FrozenLM,
-        agent: MaraAgent | None,
+        agent: MaraAgent | AgentMixture | None,
         config: DecodingConfig,
         *,
         cache: SlotCache,
@@ -225,6 +226,9 @@ class Decoder:
         state.log_residual.copy_(decision.held.log_residual)
         state.held_tried.copy_(torch.where(better, state.offset + row, state.held_tried))
         state.held_logit.copy_(torch.where(better, logit_BW[slot, row], state.held_logit))
+        state.held_logprob.copy_(
+            torch.where(better, decision.log_prob[slot, row], state.held_logprob)
+        )
         best = window.hidden[window.place[slot, row]]
         state.hidden.copy_(torch.where(better[:, None], best, state.hidden))
         if state.trace_logits.shape[1]:
@@ -250,7 +254,12 @@ class Decoder:
         state.done.masked_fill_(decision.invalid, BAD_ACCEPT)
         state.size.masked_fill_(decision.invalid, 0)
         asked = decided & (size > 1)
-        self._emit(state, asked, torch.where(state.held_accepted, ACCEPTED, FALLBACK))
+        self._emit(
+            state,
+            asked,
+            torch.where(state.held_accepted, ACCEPTED, FALLBACK),
+            policy_logprob=self._policy_logprob(state),
+        )
         state.length += decided
         state.offset += window.count
         state.offset.masked_fill_(decided, 0)
@@ -420,7 +429,26 @@ class Decoder:
             self.graphs.forget()
         return self.columns
 
-    def _emit(self, state: SlotState, chosen: Tensor, verdict: Tensor | int) -> None:
+    def _policy_logprob(self, state: SlotState) -> Tensor:
+        """[B], that the sampled cascade emits the held candidate of a position decided now.
+
+        Eq. 6, and for the token that is the fallback also that all are rejected. An accepted token
+        may be it as well, but unless it was tried last nobody knows yet what becomes of the rest.
+        """
+        is_fallback = ~state.held_accepted
+        if self.rule.fallback == "last":
+            is_fallback = is_fallback | (state.held_tried == state.size - 1)
+        emitted = torch.logaddexp(state.held_logprob, state.log_residual)
+        return torch.where(is_fallback, emitted, state.held_logprob)
+
+    def _emit(
+        self,
+        state: SlotState,
+        chosen: Tensor,
+        verdict: Tensor | int,
+        *,
+        policy_logprob: Tensor | None = None,
+    ) -> None:
         """Appends the held candidate of the pending position where chosen."""
         column = state.num_tokens.clamp(max=self.config.max_new_tokens - 1)
         slot = torch.arange(column.shape[0], device=column.device)
@@ -430,7 +458,13 @@ class Decoder:
         if isinstance(verdict, int):
             verdict = torch.full_like(token, verdict)
         values = torch.stack((token, state.size, rank, state.held_tried, verdict), dim=-1)
-        floats = torch.stack((state.candidate_logprobs[slot, rank], state.held_logit), dim=-1)
+        logprob = state.candidate_logprobs[slot, rank]
+        if policy_logprob is None:
+            policy_logprob = reference = torch.full_like(logprob, torch.nan)
+        else:
+            # Columns behind the set hold -inf.
+            reference = logprob - state.candidate_logprobs.logsumexp(-1)
+        floats = torch.stack((logprob, state.held_logit, policy_logprob, reference), dim=-1)
         chosen_B1 = chosen[:, None]
         state.record[slot, column] = torch.where(chosen_B1, values, state.record[slot, column])
         state.record_floats[slot, column] = torch.where(

@@ -6,6 +6,7 @@ import time
 from rich.console import Console
 from rich.text import Text
 
+from mara_fast.agent import MaraAgent
 from mara_fast.config import DecodingConfig
 from mara_fast.engine import Engine
 from mara_fast.outputs import DecodingStats, Generation
@@ -20,7 +21,7 @@ def run_demo(*, num_prompts: int, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     engine = Engine("tiny")
     plain_engine = Engine(engine.lm.model, False, engine.tokenizer)
-    assert engine.agent is not None
+    assert isinstance(engine.agent, MaraAgent)
     prompts = _prompts(num_prompts)
     config = engine.config(max_new_tokens=120)
 

@@ -12,8 +12,9 @@ from mara_fast.cache import SlotCache
 from mara_fast.config import DecodingConfig
 from mara_fast.decoder import Decoder, ScoredWindow
 from mara_fast.language_model import AttentionPath, FrozenLM
-from mara_fast.loading import ModelLike, load_agent, load_model, load_tokenizer
+from mara_fast.loading import AgentLike, ModelLike, load_agent, load_model, load_tokenizer
 from mara_fast.memory import Pool, free_memory, plan_pools
+from mara_fast.mixture import AgentMixture, check_dials, dialed
 from mara_fast.options import check, is_number
 from mara_fast.outputs import DecodingStats, Generation, TokenEvent
 from mara_fast.prompts import PromptError, encode_prompts
@@ -37,8 +38,9 @@ class Engine:
 
     Args:
         model: hub id, path, loaded model, or ``"tiny"``.
-        agent: :class:`MaraAgent`, folder or hub id. None: the agent a model brings along
-            (``"tiny"`` does), else plain decoding. False: plain decoding.
+        agent: :class:`MaraAgent`, folder or hub id; or a list of these, which decide together as
+            ``agent_weights`` and ``agent_combination`` of each call say. None: the agent a model
+            brings along (``"tiny"`` does), else plain decoding. False: plain decoding.
         tokenizer: None: the one at the model's path, if any. False: none. Without one prompts are
             token ids, and results have no text.
         max_batch_size: sequences decoded at once.
@@ -65,7 +67,7 @@ class Engine:
     def __init__(
         self,
         model: "ModelLike",
-        agent: "MaraAgent | str | bool | None" = None,
+        agent: AgentLike = None,
         tokenizer: "PreTrainedTokenizerBase | Literal[False] | None" = None,
         *,
         max_batch_size: int = 16,
@@ -335,6 +337,7 @@ class Engine:
             observer: is shown every window that the agent scored.
         """
         scratch = self._scratch(config, pool.num_slots, longest_prompt)
+        config, agent = config.without_limits(), dialed(self.agent, config)
         with self._idle_lock:
             decoder, self._idle = self._idle, None
         cache = None if decoder is None else decoder.cache
@@ -349,13 +352,12 @@ class Engine:
             cache = SlotCache(num_slots=pool.num_slots, max_length=pool.max_length, scratch=scratch)
         host_reads = self._host_reads()
         fits = decoder is not None and (
-            (decoder.config, decoder.host_reads) == (config, host_reads)
-            and decoder.agent is self.agent
+            (decoder.config, decoder.host_reads) == (config, host_reads) and decoder.agent == agent
         )
         if decoder is None or not fits:
             decoder = Decoder(
                 self.lm,
-                self.agent,
+                agent,
                 config,
                 num_slots=cache.num_slots,
                 shapes=self._shapes(config, cache.num_slots),
@@ -374,14 +376,22 @@ class Engine:
 
 
 def options_in_force(
-    agent: MaraAgent | None, config: DecodingConfig | None, options: Mapping[str, Any]
+    agent: MaraAgent | AgentMixture | None,
+    config: DecodingConfig | None,
+    options: Mapping[str, Any],
 ) -> DecodingConfig:
-    """The options given, over ``config``, else the agent's own, else ours."""
+    """The options given, over ``config``, else the agent's own, else ours.
+
+    Raises:
+        ValueError: options that are not allowed, or weights of another number of agents.
+    """
     if config is None:
         config = agent.decoding if agent is not None else DecodingConfig()
     elif not isinstance(config, DecodingConfig):
         raise ValueError(f"config must be a DecodingConfig, got {type(config).__name__}")
-    return config.replace(**options)
+    config = config.replace(**options)
+    check_dials(agent, config)
+    return config
 
 
 def encode_that_fit(

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mara_fast.agent import MaraAgent
 from mara_fast.config import DecodingConfig
 from mara_fast.engine import Engine
+from mara_fast.loading import AgentLike
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -30,7 +30,7 @@ def custom_generate(
     model: "PreTrainedModel",
     input_ids: Tensor,
     generation_config: "GenerationConfig | None" = None,
-    agent: MaraAgent | str | None = None,
+    agent: AgentLike = None,
     config: DecodingConfig | None = None,
     engine: Engine | None = None,
     **kwargs: Any,
@@ -48,7 +48,7 @@ def custom_generate(
         model: the model ``generate`` was called on.
         input_ids: int64 [B, L], left-padded.
         generation_config: as prepared by ``generate``.
-        agent: an agent, a folder or hub id; None: plain greedy decoding.
+        agent: an agent, a folder or hub id, or a list of these; None: plain greedy decoding.
         config: decoding options other than lengths and EOS.
         engine: an engine made for this model, which saves its construction in every call.
         kwargs: model keywords; of these only ``attention_mask`` is used, to leave out padding.

@@ -2,13 +2,14 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from mara_fast.agent import MaraAgent
+from mara_fast.mixture import AgentMixture
 from mara_fast.tensor_parallel import is_sharded, load_sharded
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from mara_fast.language_model import FrozenLM
 
 ModelLike: TypeAlias = "PreTrainedModel | str | os.PathLike[str]"
+OneAgent: TypeAlias = "MaraAgent | str | os.PathLike[str]"
+AgentLike: TypeAlias = "OneAgent | AgentMixture | Sequence[OneAgent] | bool | None"
 
 TINY = "tiny"
 """Name of the embedded default model."""
@@ -112,13 +115,17 @@ def load_tokenizer(model: ModelLike) -> "PreTrainedTokenizerBase | None":
         return None
 
 
-def load_agent(
-    agent: "MaraAgent | str | os.PathLike[str] | bool | None", *, model: Any, lm: "FrozenLM"
-) -> MaraAgent | None:
+def load_agent(agent: AgentLike, *, model: Any, lm: "FrozenLM") -> MaraAgent | AgentMixture | None:
     """The agent on the language model's device, checked against it; None for plain decoding.
 
+    Args:
+        agent: a :class:`MaraAgent`, a folder, a hub id, or a list of these, which decide together.
+            None: the agent that the model brings along, if any. False: none.
+        model: as the user names it.
+        lm: the language model.
+
     Raises:
-        ValueError: wrong type, wrong hidden size, NaN or infinite weights.
+        ValueError: wrong type, wrong hidden size, NaN or infinite weights, an empty list.
     """
     if agent is None and isinstance(model, str) and model == TINY:
         from mara_fast import tiny
@@ -126,11 +133,22 @@ def load_agent(
         agent = str(tiny.AGENT_PATH)
     if agent is None or agent is False:
         return None
+    if isinstance(agent, AgentMixture):
+        agent = agent.agents
+    if not isinstance(agent, list | tuple):
+        return _load_one(agent, lm)
+    if not agent:
+        raise ValueError(f"agent={agent!r} names no agent; plain decoding is agent=False")
+    agents = [_load_one(one, lm) for one in agent]
+    return agents[0] if len(agents) == 1 else AgentMixture.of(agents)
+
+
+def _load_one(agent: Any, lm: "FrozenLM") -> MaraAgent:
     if isinstance(agent, str | os.PathLike):
         agent = MaraAgent.from_pretrained(agent)
     if not isinstance(agent, MaraAgent):
         raise ValueError(
-            "agent must be a MaraAgent, a folder, a hub id, None or False, "
+            "agent must be a MaraAgent, a folder, a hub id, a list of these, None or False, "
             f"got {type(agent).__name__}"
         )
     if agent.config.hidden_size != lm.hidden_size:

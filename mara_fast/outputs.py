@@ -3,9 +3,12 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import os
 
 FinishReason = Literal["eos", "length", "stop", "error"]
 
@@ -21,6 +24,10 @@ class CandidateTrace:
     """sigmoid(accept logit); None if the cascade stopped before it, or nobody was asked."""
     accepted: bool | None
     """The verdict; None if not asked."""
+    text: str | None = None
+    """The token by itself, for reading; None without a tokenizer."""
+    is_special: bool = False
+    """No part of the text; ``text`` is its name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +45,34 @@ class TokenTrace:
     """``forced``: the set had one candidate. ``plain``: decoded without an agent."""
     num_examined: int
     """Candidates the sequential cascade asks the agent about; 0 if forced or plain."""
+    policy_logprob: float | None = None
+    """Natural log of the probability that the cascade with sampled acceptance emits this token
+    here, also where acceptance is greedy: accepted after all before it were rejected (Eq. 6), and
+    for a fallback, or the last tried where that is the fallback, also that all are rejected. Of an
+    accepted token under another fallback than ``"last"`` it leaves out that the token might have
+    been the fallback: nobody asks about the rest. None: nobody was asked, or the strategy is not
+    ``"first"``."""
+    reference_logprob: float | None = None
+    """Natural log of the language model's probability of the token, renormalised over the candidate
+    set; None: nobody was asked."""
     candidates: tuple[CandidateTrace, ...] = ()
+    text: str | None = None
+    """What it adds to the text, which may be nothing; only with ``trace=True`` and a tokenizer."""
+    is_special: bool = False
+    """It adds nothing to the text; ``text`` is its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counterfactual:
+    """What the language model alone would have said instead of a token and all that followed."""
+
+    position: int
+    """Index of that token among those produced."""
+    token_ids: list[int]
+    """Decoded greedily behind the prompt and the tokens before ``position``."""
+    text: str | None
+    """What they add to the text before; None without a tokenizer."""
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +96,13 @@ class DecodingStats:
     """Forwards of the language model this sequence took part in, prefill included."""
     seconds: float = 0.0
     """From the first forward to the last token."""
+    kl_nats: float = 0.0
+    """Sum of log policy - log language model over the decided tokens, both over the candidate set
+    (:attr:`TokenTrace.policy_logprob`, ``reference_logprob``): for ``acceptance="sample"`` an
+    estimate, from one sample, of the divergence KL(policy || LM). 0 unless the strategy is
+    ``"first"``."""
+    num_repeated: int = 0
+    """Tokens that end four tokens which occurred before in the same answer."""
 
     @property
     def forwards_per_token(self) -> float:
@@ -108,7 +149,19 @@ class DecodingStats:
             accepted_ranks=dict(sorted(Counter(accepted).items())),
             num_forwards=num_forwards,
             seconds=seconds,
+            kl_nats=math.fsum(
+                t.policy_logprob - t.reference_logprob
+                for t in decided
+                if t.policy_logprob is not None and t.reference_logprob is not None
+            ),
+            num_repeated=_num_repeated([t.token_id for t in tokens]),
         )
+
+
+def _num_repeated(ids: Sequence[int], length: int = 4) -> int:
+    """Places at which an n-gram of so many tokens ends that has ended before."""
+    grams = [tuple(ids[end - length : end]) for end in range(length, len(ids) + 1)]
+    return len(grams) - len(set(grams))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,12 +180,18 @@ class Generation:
     tokens: tuple[TokenTrace, ...] = field(repr=False)
     """How each token was chosen."""
     trace: tuple[TokenTrace, ...] | None = field(default=None, repr=False)
-    """``tokens`` with every candidate, if asked for by ``trace=True``."""
+    """``tokens`` with every candidate and texts, if asked for by ``trace=True``."""
+    options: dict[str, Any] | None = field(default=None, repr=False)
+    """The decoding options, kept with a trace."""
+    counterfactuals: tuple[Counterfactual, ...] | None = field(default=None, repr=False)
+    """None until asked for, see :func:`mara_fast.inspection.with_counterfactuals`."""
     error: str | None = None
     """Why, if ``finish_reason`` is ``"error"``; the tokens are those before it."""
+    alarms: tuple[str, ...] = ()
+    """What looks wrong with it, and what to do, see :mod:`mara_fast.alarms`."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, without the per-token records."""
+        """Plain values for JSON; of the tokens only a trace, see mara_fast.inspection.record."""
         record = {
             "prompt": self.prompt,
             "text": self.text,
@@ -141,10 +200,43 @@ class Generation:
             "stats": dataclasses.asdict(self.stats),
         }
         if self.trace is not None:
-            record["trace"] = [dataclasses.asdict(token) for token in self.trace]
+            from mara_fast.inspection.record import trace_record
+
+            record |= trace_record(self)
         if self.error is not None:
             record["error"] = self.error
+        if self.alarms:
+            record["alarms"] = list(self.alarms)
         return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> "Generation":
+        """What :meth:`to_dict` wrote; without a trace ``tokens`` is empty.
+
+        Raises:
+            ValueError: not such a record, or of a version that is not known here.
+        """
+        from mara_fast.inspection.record import read_generation
+
+        return read_generation(record)
+
+    def to_html(self, path: "str | os.PathLike[str] | None" = None) -> str:
+        """A page by itself that shows how each token was chosen.
+
+        Args:
+            path: also write it there.
+
+        Raises:
+            ValueError: there is no trace.
+        """
+        from mara_fast.inspection.page import html_page
+
+        return html_page([self], path=path)
+
+    def _repr_html_(self) -> str | None:
+        from mara_fast.inspection.page import frame
+
+        return None if self.trace is None else frame(self.to_html())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -223,7 +223,7 @@ class Run:
             columns = columns.clamp(min=0)[:, :, None]
             recent = (
                 HostCopy(state.record[slots].gather(1, columns.expand(-1, -1, 5))),
-                HostCopy(state.record_floats[slots].gather(1, columns.expand(-1, -1, 2))),
+                HostCopy(state.record_floats[slots].gather(1, columns.expand(-1, -1, 4))),
             )
         return _Snapshot(
             requests=tuple(self._decoding),

@@ -33,7 +33,7 @@ class SlotState:
     offset: Tensor
     """int64 [B], candidates tried before the next window."""
     held_accepted: Tensor
-    """bool [B], with the next four: the best candidate of the windows so far."""
+    """bool [B], with the next five: the best candidate of the windows so far."""
     held_preference: Tensor
     """float32 [B]"""
     log_residual: Tensor
@@ -42,6 +42,8 @@ class SlotState:
     """int64 [B]"""
     held_logit: Tensor
     """float32 [B], its accept logit."""
+    held_logprob: Tensor
+    """float32 [B], log π of Eq. 6 of it."""
     hidden: Tensor
     """[B, H], state of the best candidate; of the last token where no window ran yet."""
     num_tokens: Tensor
@@ -53,7 +55,8 @@ class SlotState:
     record: Tensor
     """int64 [B, N, 5]: token id, set size, probability rank, index tried, verdict."""
     record_floats: Tensor
-    """float32 [B, N, 2]: log-probability, accept logit."""
+    """float32 [B, N, 4]: log-probability, accept logit; log-probabilities of the policy and of the
+    language model renormalised over the set, NaN where nobody was asked."""
     trace_ids: Tensor
     """int64 [B, N, C], candidate sets if traced, else [B, 0, 0]."""
     trace_logprobs: Tensor
@@ -94,12 +97,13 @@ class SlotState:
             log_residual=floats(),
             held_tried=ints(),
             held_logit=floats(),
+            held_logprob=floats(),
             hidden=torch.zeros(num_slots, hidden_size, dtype=dtype, device=device),
             num_tokens=ints(),
             num_forwards=ints(),
             done=ints(),
             record=ints(num_tokens, 5),
-            record_floats=floats(num_tokens, 2),
+            record_floats=floats(num_tokens, 4),
             trace_ids=ints(*traced),
             trace_logprobs=floats(*traced),
             trace_logits=floats(*traced),

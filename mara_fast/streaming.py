@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mara_fast.collect import decode_text, token_traces
+from mara_fast.collect import token_traces
 from mara_fast.outputs import Generation, TokenEvent, TokenTrace
+from mara_fast.token_text import decode_text
 
 if TYPE_CHECKING:
     from transformers.generation.streamers import BaseStreamer

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from mara_fast import Engine, Generation, MaraAgent
+from mara_fast.mixture import AgentMixture
 from mara_fast.row_budget import StepShape
 from mara_fast.window import StepCosts
-from oracle import OracleRun, sequential_cascade
+from oracle import AcceptLogits, OracleRun, combined, sequential_cascade
 
 # Rounding moves states by about 1e-6; a decision closer to a flip than this may go either way.
 RISKY = 2e-5
@@ -58,6 +59,7 @@ def check_exact(
 
     A run is compared up to its first risky decision. At least one token of all must remain.
     """
+    accept_logits = accept_logits_of(engine, **options)
     results = engine.generate(
         [list(prompt) for prompt in prompts],
         window=window,
@@ -69,11 +71,11 @@ def check_exact(
     compared = 0
     for prompt, result, sequence in zip(prompts, results, keys, strict=True):
         oracle_options = {
-            name: value for name, value in options.items() if name not in ("eos_token_id", "trace")
+            name: value for name, value in options.items() if name not in _NOT_THE_ORACLES
         }
         expected = sequential_cascade(
             engine.lm.model,
-            engine.agent.accept_logit,
+            accept_logits,
             prompt,
             sequence=sequence,
             eos_token_ids=eos,
@@ -84,6 +86,23 @@ def check_exact(
         compared += _compare(result, expected, len(prompt), width, engine.prefill_chunk)
     assert compared or not options["max_new_tokens"]
     return results
+
+
+_NOT_THE_ORACLES = ("eos_token_id", "trace", "agent_weights", "agent_combination")
+
+
+def accept_logits_of(
+    engine: Engine,
+    *,
+    agent_weights: Sequence[float] | None = None,
+    agent_combination: str = "logit",
+    **others: Any,
+) -> AcceptLogits:
+    """What the oracle asks: the engine's agent, or its agents combined by definition."""
+    if not isinstance(engine.agent, AgentMixture):
+        return engine.agent.accept_logit
+    agents = [agent.accept_logit for agent in engine.agent.agents]
+    return combined(agents, agent_weights, agent_combination)
 
 
 def _compare(

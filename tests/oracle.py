@@ -19,6 +19,7 @@ that a test which compares two computations of the same model can leave such cas
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -348,6 +349,59 @@ def accept_mlp(weights: dict[str, torch.Tensor]) -> AcceptLogits:
         return z[:, 1] - z[:, 0]
 
     return accept_logits
+
+
+def combined(
+    agents: Sequence[AcceptLogits], weights: Sequence[float] | None, combination: str
+) -> AcceptLogits:
+    """Several agents as one, in float64.
+
+    Args:
+        weights: one per agent, None: 1 each; those of weight 0 are left out.
+        combination: "logit": mean of d by weight; "product": logit of the product of sigmoid(d)^w;
+            "min": smallest d.
+    """
+    _require("combination", combination, ("logit", "product", "min"))
+    weighted = list(zip(agents, weights or [1.0] * len(agents), strict=True))
+    weighted = [(agent, weight) for agent, weight in weighted if weight]
+
+    def accept_logits(states: torch.Tensor) -> torch.Tensor:
+        d = torch.stack([agent(states).double() for agent, _ in weighted])
+        w = torch.tensor([[weight] for _, weight in weighted], dtype=torch.float64)
+        if combination == "min":
+            return d.min(0).values.float()
+        if combination == "logit":
+            return ((w * d).sum(0) / w.sum()).float()
+        p = (torch.sigmoid(d) ** w).prod(0)
+        return (p.log() - (1 - p).log()).float()
+
+    return accept_logits
+
+
+def emission_probs(accept: Sequence[float], *, threshold: float, fallback: str) -> list[float]:
+    """Probability that the sampled cascade of strategy "first" emits each candidate.
+
+    By going through every pattern of verdicts there is.
+
+    Args:
+        accept: d of all candidates, in the order tried.
+    """
+    _require("fallback", fallback, ("last", "first", "max_prob"))
+    bar = math.log(threshold / (1 - threshold))
+    probs = [1 / (1 + math.exp(bar - d)) for d in accept]
+    emitted = [0.0] * len(accept)
+    for verdicts in itertools.product((True, False), repeat=len(accept)):
+        if any(verdicts):
+            tried = verdicts.index(True)
+        elif fallback == "max_prob":
+            tried = max(range(len(accept)), key=accept.__getitem__)
+        else:
+            tried = 0 if fallback == "first" else len(accept) - 1
+        weight = 1.0
+        for prob, verdict in zip(probs, verdicts, strict=True):
+            weight *= prob if verdict else 1 - prob
+        emitted[tried] += weight
+    return emitted
 
 
 def _masked(logits: torch.Tensor, masked_ids: Sequence[int]) -> torch.Tensor:

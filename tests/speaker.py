@@ -120,8 +120,14 @@ def alone(prompt: str, max_new_tokens: int = 12) -> Generation:
 
 def same(one: Generation, other: Generation) -> bool:
     """Equal in all that is promised; floats may differ by rounding, times by everything."""
-    return [dataclasses.replace(token, logprob=0.0, accept_prob=None) for token in one.tokens] == [
-        dataclasses.replace(token, logprob=0.0, accept_prob=None) for token in other.tokens
+    floats: dict[str, Any] = {
+        "logprob": 0.0,
+        "accept_prob": None,
+        "policy_logprob": None,
+        "reference_logprob": None,
+    }
+    return [dataclasses.replace(token, **floats) for token in one.tokens] == [
+        dataclasses.replace(token, **floats) for token in other.tokens
     ] and (one.text, one.finish_reason, one.prompt_token_ids, one.error) == (
         other.text,
         other.finish_reason,

@@ -34,6 +34,25 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "ignore_eos": (1, 0, "yes", None, np.True_),
     "prompt_format": ("Chat", None, True),
     "trace": (1, "true", None),
+    "agent_weights": (
+        (),
+        0,
+        (0.0, 0.0),
+        (1, -1),
+        (1, NAN),
+        (1, INFINITY),
+        (HUGE, 1),
+        True,
+        (1, True),
+        "1",
+        ["1", "2"],
+        {1: 2},
+        [[1]],
+    ),
+    "agent_combination": ("mean", "Logit", None, 1),
+    "max_fallback_rate": (-0.1, 1.1, NAN, INFINITY, "0.2", True, [0.2]),
+    "max_repetition": (-0.1, 1.1, NAN, INFINITY, "0.2", False, [0.2]),
+    "kl_budget": (-0.1, NAN, INFINITY, "1", True, [1]),
 }
 
 TAKEN: dict[str, tuple[tuple[Any, Any], ...]] = {
@@ -61,6 +80,16 @@ TAKEN: dict[str, tuple[tuple[Any, Any], ...]] = {
         ("é🎉", ("é🎉",)),
         ((text for text in ("a", "b")), ("a", "b")),
     ),
+    "agent_weights": (
+        (None, None),
+        (2, (2.0,)),
+        ([1, 0], (1.0, 0.0)),
+        (np.array([0.5, 2.0]), (0.5, 2.0)),
+        ((1e-300, 1e300), (1e-300, 1e300)),
+    ),
+    "max_fallback_rate": ((None, None), (0, 0.0), (1, 1.0), (np.float64(0.5), 0.5)),
+    "max_repetition": ((None, None), (0.25, 0.25)),
+    "kl_budget": ((None, None), (0, 0.0), (5, 5.0), (1e9, 1e9)),
 }
 
 
@@ -119,6 +148,22 @@ def test_replace_checks_again() -> None:
         config.replace(seeds=1)
     with pytest.raises(ValueError, match="min_new_tokens=4 exceeds max_new_tokens=3"):
         config.replace(max_new_tokens=3)
+
+
+def test_a_budget_that_cannot_be_measured_is_refused() -> None:
+    for strategy in ("max_prob", "random"):
+        with pytest.raises(ValueError, match=f"kl_budget=1 cannot be .*'{strategy}'; allowed"):
+            DecodingConfig(kl_budget=1, strategy=strategy)  # type: ignore[arg-type]
+
+
+def test_what_no_token_depends_on() -> None:
+    config = DecodingConfig(
+        window=3, max_fallback_rate=0.5, max_repetition=0.1, kl_budget=2, seed=4, agent_weights=(1,)
+    )
+    limits = {"max_fallback_rate": None, "max_repetition": None, "kl_budget": None}
+    assert config.without_limits() == config.replace(**limits) != config
+    assert config.token_options().keys() == config.to_dict().keys() - {"window", *limits}
+    assert config.token_options()["agent_weights"] == [1.0]
 
 
 def test_presets() -> None:

@@ -173,12 +173,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Distributions]:
 
 
 def shipped_files() -> set[str]:
-    """What a wheel must hold of the packages: code, type markers, assets, recipes."""
+    """What a wheel must hold of the packages: code, type markers, pages, assets, recipes."""
     files = set()
     for package, folder in PACKAGES.items():
         assets = folder / "tiny" / "assets"
         kept = [*folder.rglob("*.py"), folder / "py.typed", *folder.glob("recipes/*.yaml")]
         kept += [path for path in assets.rglob("*") if path.is_file()]
+        kept += [path for kind in ("css", "html", "js") for path in folder.rglob(f"*.{kind}")]
         files |= {f"{package}/{path.relative_to(folder).as_posix()}" for path in kept}
     return files
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import speaker
-from mara_fast import DecodingConfig, DecodingStats
+from mara_fast import DecodingConfig, DecodingStats, TokenTrace
 from naming import stable_id
 from speaker import OPTIONS, PROMPTS, same
 
@@ -36,12 +36,17 @@ def test_trace(options: dict[str, Any]) -> None:
     verdicts: set[str] = set()
     for result in results:
         assert result.trace is not None
-        assert tuple(dataclasses.replace(t, candidates=()) for t in result.trace) == result.tokens
+        assert tuple(without_more(token) for token in result.trace) == result.tokens
         for token in result.trace:
             verdicts.add(token.verdict)
             check_trace(token, config)
         assert json.loads(json.dumps(result.to_dict()))["trace"][0]["candidates"]
     assert "accepted" in verdicts and (options == {} or "fallback" in verdicts)
+
+
+def without_more(token: TokenTrace) -> TokenTrace:
+    """What is recorded without a trace too."""
+    return dataclasses.replace(token, candidates=(), text=None, is_special=False)
 
 
 def check_trace(token: Any, config: DecodingConfig) -> None:
@@ -94,12 +99,14 @@ def test_trace_does_not_depend_on_the_window(options: dict[str, Any]) -> None:
             assert result.trace is not None and first.trace is not None
             assert same(result, first)
             for token, wanted in zip(result.trace, first.trace, strict=True):
+                assert token.policy_logprob == pytest.approx(wanted.policy_logprob, abs=1e-4)
                 for got, expected in zip(token.candidates, wanted.candidates, strict=True):
                     assert (got.token_id, got.accepted) == (expected.token_id, expected.accepted)
                     assert math.isclose(got.logprob, expected.logprob, abs_tol=1e-4)
                     assert got.accept_prob == pytest.approx(expected.accept_prob, abs=1e-4)
             # All but what the window is there to save.
-            neutral = {"num_forwards": 0, "seconds": 0.0}
+            neutral = {"num_forwards": 0, "seconds": 0.0, "kl_nats": 0.0}
+            assert math.isclose(result.stats.kl_nats, first.stats.kl_nats, abs_tol=1e-3)
             assert dataclasses.replace(result.stats, **neutral) == dataclasses.replace(
                 first.stats, **neutral
             )
@@ -116,7 +123,8 @@ def test_a_wider_window_saves_forwards() -> None:
 
 def test_trace_of_plain_decoding() -> None:
     [result] = speaker.engine(aligned=False).generate("Hi", trace=True, **OPTIONS)
-    assert result.trace == result.tokens
+    assert result.trace is not None
+    assert tuple(without_more(token) for token in result.trace) == result.tokens
     assert all(token.candidates == () for token in result.tokens)
 
 

@@ -173,7 +173,7 @@ class _Worker:
         self, weights: dict[str, torch.Tensor], prompts: list[Any], sequence_ids: list[int]
     ) -> list[Episode]:
         agent = self.engine.agent
-        assert agent is not None
+        assert isinstance(agent, MaraAgent)
         agent.load_state_dict(weights)
         # Inference tensors cannot be pickled; copies made here can.
         return [
