@@ -4,15 +4,18 @@ Sizes are those of an 8B model where there is a GPU, small ones elsewhere.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from mara_fast import DecodingConfig, Engine, MaraAgent
+from mara_fast import DecodingConfig, Engine, MaraAgent, tiny
 from mara_fast.bench.model import random_llama
+from mara_fast.collect import stop_position
 from mara_fast.memory import Pool
+from mara_fast.token_text import decode_text
 from mara_kernels.attention import NewRows, candidate_attention, siblings
 from mara_kernels.cascade import CascadeRule, Held, cascade
 from mara_kernels.truncate import truncate
@@ -105,3 +108,17 @@ def test_step(benchmark: BenchmarkFixture, batch: int) -> None:
         whole = torch.full((batch,), 8, device=DEVICE)
         decoder.prefill(slice(0, batch), ids, whole, whole > 0)
     timed(benchmark, lambda: decoder.run_step(batch))
+
+
+@pytest.mark.parametrize("how", ["whole text", "its end"])
+def test_stop_strings(benchmark: BenchmarkFixture, how: str) -> None:
+    """What looking for a stop string costs the host behind a thousand tokens."""
+    _, tokenizer = tiny.load()
+    ids = tokenizer("First, read the recipe twice. " * 200, add_special_tokens=False).input_ids
+    ids, stop = ids[:1000], "\n\nUser:"
+    look: Callable[[], Any] = partial(
+        stop_position, ids, start=999, stop_strings=[stop], tokenizer=tokenizer
+    )
+    if how == "whole text":
+        look = lambda: stop in decode_text(tokenizer, ids)  # noqa: E731
+    benchmark.pedantic(look, rounds=50, warmup_rounds=3)
