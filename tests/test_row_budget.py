@@ -109,7 +109,7 @@ def test_every_architecture_packs(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @settings(
-    max_examples=80,
+    max_examples=50,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
