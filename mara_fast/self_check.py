@@ -4,6 +4,7 @@ Prefill in two chunks, then windows of candidates, in two slots of unequal lengt
 must equal those of plain forwards, and every layer must attend with the window it should.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,8 @@ from mara_kernels.attention import NewRows, Tree, chain, siblings
 
 if TYPE_CHECKING:
     from mara_fast.language_model import FrozenLM
+
+_logger = logging.getLogger(__name__)
 
 _LENGTHS = (3, 5)
 _BASE = 5
@@ -92,7 +95,8 @@ def check_path(lm: "FrozenLM") -> Checked:
             packed = run(window, _LENGTHS, siblings, _BASE, packing)
             _compare("packed rows", packed[0], hidden_BWH[packing.slot, packing.column])
         # Whatever a foreign model makes of rows of another batch than its cache's.
-        except Exception:
+        except Exception as error:
+            _logger.info("%s takes no packed rows, its slots get equally many: %s", lm.name, error)
             return False
         return True
 

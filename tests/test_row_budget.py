@@ -185,3 +185,15 @@ def test_no_row_of_an_earlier_step_stays() -> None:
     for found in cache.update(packed, packed, 0):
         assert found[0, 0, 4:].tolist() == [[0, 1]] * 3
         assert found[1, 0, 4:].tolist() == [[2, 3], [4, 5], [2, 3]]
+
+
+def test_a_model_that_does_not_pack_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(packing: Packing, packed: Tensor) -> Tensor:
+        raise RuntimeError("rows of another batch")
+
+    monkeypatch.setattr(Packing, "unpack", refuses)
+    with caplog.at_level("INFO", logger="mara_fast.self_check"):
+        engine = Engine(model_of("llama"), False)
+    assert not engine.lm.can_pack and "rows of another batch" in caplog.text
