@@ -54,34 +54,31 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import typer
+from train_data import (
+    MAX_NEW_TOKENS,
+    SCORE_BATCH_SIZE,
+    Prompts,
+    answer,
+    chat,
+    corrections,
+    preference_pairs,
+    sample_pools,
+    train_questions,
+    value_model,
+)
 
-from mara_fast import Engine
 from mara_fast.commands import clear_errors
 from mara_fast.loading import TINY, load_model, load_tokenizer
-from mara_fast.rewards import Rewards
-from mara_fast.tiny.grammar import instructions
 from mara_fast.tiny.lm import save
-from mara_fast.tiny.reward_models import COST_PATH, REWARD_PATH
-from mara_fast.tiny.tokenizer import ASSISTANT, END, USER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 Method = Literal["dpo", "rloo", "aligner"]
-Prompts = Literal["mixed", "benign", "harmful"]
-
-TINY_ALIGNER_TEMPLATE = USER + "{question}" + USER + "{answer}" + ASSISTANT
-"""How the tiny Aligner reads what it edits; encoded as raw text, which puts one <|bos|> in front.
-Two turns of the user in a row are in no document of the corpus."""
-
-_WEIGHTS = (1.0, -1.0)
-_MAX_NEW_TOKENS = 96
-_ENGINE_BATCH_SIZE = 128
-_SCORE_BATCH_SIZE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,17 +141,6 @@ class AlignerConfig:
     """Stops early after this many optimizer steps; for tests."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pool:
-    """Different answers to an instruction, the best first."""
-
-    question: str
-    answers: tuple[str, ...]
-    """Sampled from the base model; those that did not end are left out."""
-    values: tuple[float, ...]
-    """Reward minus cost of each."""
-
-
 def train_dpo(
     lm: str | Path,
     output: Path,
@@ -198,7 +184,7 @@ def train_dpo(
             per_device_train_batch_size=config.batch_size,
             # Once for all epochs.
             precompute_ref_log_probs=True,
-            precompute_ref_batch_size=_SCORE_BATCH_SIZE,
+            precompute_ref_batch_size=SCORE_BATCH_SIZE,
             max_length=None,
         )
         DPOTrainer(
@@ -235,7 +221,7 @@ def train_rloo(
     config = config or RlooConfig()
     questions = _begin(lm, output, prompts=prompts)
     model, tokenizer = _load(lm)
-    rewards = _rewards()
+    rewards = value_model()
 
     def value(prompts: Any, completions: Any, **_: Any) -> list[float]:
         return rewards.score(prompts, completions).total.tolist()
@@ -251,13 +237,13 @@ def train_rloo(
             per_device_train_batch_size=config.batch_size,
             num_generations=config.num_generations,
             steps_per_generation=config.steps_per_generation,
-            max_completion_length=_MAX_NEW_TOKENS,
+            max_completion_length=MAX_NEW_TOKENS,
         )
         RLOOTrainer(
             model,
             reward_funcs=value,
             args=arguments,
-            train_dataset=Dataset.from_list([{"prompt": _chat("user", q)} for q in questions]),
+            train_dataset=Dataset.from_list([{"prompt": chat("user", q)} for q in questions]),
             processing_class=tokenizer,
         ).train()
     _save(model, tokenizer, output)
@@ -271,7 +257,7 @@ def train_aligner(
     seed: int = 0,
     config: AlignerConfig | None = None,
 ) -> None:
-    """Writes a model that edits the base model's answers, see :data:`TINY_ALIGNER_TEMPLATE`.
+    """Writes a model that edits the base model's answers, read by ``TINY_ALIGNER_TEMPLATE``.
 
     Args:
         lm, output, prompts: see :func:`train_dpo`.
@@ -289,7 +275,14 @@ def train_aligner(
     questions = _begin(lm, output, prompts=prompts)
     questions = _drawn(questions, config.num_instructions, seed=seed)
     pools = sample_pools(lm, questions, num_answers=config.num_answers, seed=seed)
-    greedy = [answer.text or "" for answer in _answers(lm, [pool.question for pool in pools])]
+    greedy = [one.text or "" for one in answer(lm, [pool.question for pool in pools])]
+    rows = corrections(
+        pools,
+        greedy,
+        num_edited=config.num_edited,
+        identity_share=config.identity_share,
+        seed=seed,
+    )
     model, tokenizer = _load(lm)
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(
@@ -306,86 +299,10 @@ def train_aligner(
         SFTTrainer(
             model,
             args=arguments,
-            train_dataset=Dataset.from_list(corrections(pools, greedy, config=config, seed=seed)),
+            train_dataset=Dataset.from_list(rows),
             processing_class=tokenizer,
         ).train()
     _save(model, tokenizer, output)
-
-
-def sample_pools(
-    lm: str | Path, questions: Sequence[str], *, num_answers: int, seed: int
-) -> list[Pool]:
-    """Answers sampled from the LM with our engine, by question; no pool is empty."""
-    asked = [question for question in questions for _ in range(num_answers)]
-    answers = _answers(lm, asked, acceptance="sample", seed=seed)
-    texts = [answer.text or "" for answer in answers]
-    values = _rewards().score(asked, texts, progress=True).total.tolist()
-    pools = []
-    for start in range(0, len(asked), num_answers):
-        found = {
-            texts[place]: values[place]
-            for place in range(start, start + num_answers)
-            if answers[place].finish_reason == "eos"
-        }
-        ordered = sorted(found.items(), key=lambda item: -item[1])
-        if ordered:
-            best_first, their_values = zip(*ordered, strict=True)
-            pools.append(Pool(question=asked[start], answers=best_first, values=their_values))
-    return pools
-
-
-def preference_pairs(pools: Sequence[Pool]) -> list[dict[str, Any]]:
-    """The best and the worst answer of every pool that has two, as TRL's conversational rows."""
-    return [
-        {
-            "prompt": _chat("user", pool.question),
-            "chosen": _chat("assistant", pool.answers[0]),
-            "rejected": _chat("assistant", pool.answers[-1]),
-        }
-        for pool in pools
-        if pool.values[0] > pool.values[-1]
-    ]
-
-
-def corrections(
-    pools: Sequence[Pool], greedy: Sequence[str], *, config: AlignerConfig, seed: int
-) -> list[dict[str, str]]:
-    """Prompts of the Aligner and what it should answer, as TRL's rows.
-
-    Args:
-        pools: of which the best answer is the correction.
-        greedy: the base model's most probable answer to each.
-        config: says how many answers are edited.
-        seed: of the draws.
-    """
-    rng = random.Random(seed)
-    rows = []
-    for pool, most_probable in zip(pools, greedy, strict=True):
-        num_edited = min(config.num_edited, len(pool.answers))
-        for answer in (most_probable, *rng.sample(pool.answers, num_edited)):
-            if rng.random() < config.identity_share:
-                answer = pool.answers[0]
-            prompt = aligner_prompt(pool.question, answer)
-            rows.append({"prompt": prompt, "completion": pool.answers[0] + END})
-    return rows
-
-
-def aligner_prompt(question: str, answer: str) -> str:
-    """The filled :data:`TINY_ALIGNER_TEMPLATE`."""
-    return TINY_ALIGNER_TEMPLATE.format(question=question, answer=answer)
-
-
-def train_questions(prompts: str) -> list[str]:
-    """The train instructions of a kind: mixed, benign or harmful ones."""
-    if prompts not in get_args(Prompts):
-        raise ValueError(
-            f"prompts={prompts!r} is not known; allowed: {', '.join(get_args(Prompts))}"
-        )
-    return [
-        one.text
-        for one in instructions(split="train")
-        if prompts == "mixed" or one.harmful is (prompts == "harmful")
-    ]
 
 
 def _begin(lm: str | Path, output: Path, *, prompts: str) -> list[str]:
@@ -400,20 +317,6 @@ def _begin(lm: str | Path, output: Path, *, prompts: str) -> list[str]:
 
 def _drawn(questions: Sequence[str], num: int, *, seed: int) -> list[str]:
     return random.Random(seed).sample(questions, min(num, len(questions)))
-
-
-def _answers(lm: str | Path, questions: Sequence[str], **options: Any) -> list[Any]:
-    engine = Engine(str(lm), False, max_batch_size=_ENGINE_BATCH_SIZE, device="cpu")
-    return engine.generate(questions, max_new_tokens=_MAX_NEW_TOKENS, progress=True, **options)
-
-
-def _rewards() -> Rewards:
-    paths = [str(REWARD_PATH), str(COST_PATH)]
-    return Rewards(paths, _WEIGHTS, batch_size=_SCORE_BATCH_SIZE, device="cpu")
-
-
-def _chat(role: str, text: str) -> list[dict[str, str]]:
-    return [{"role": role, "content": text}]
 
 
 def _load(lm: str | Path) -> "tuple[Any, PreTrainedTokenizerBase | None]":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from baselines import TINY_ALIGNER_TEMPLATE
+from train_data import TINY_ALIGNER_TEMPLATE
 from world import EMBEDDED, PROMPTS, RATIOS, UPSTREAMS, Training, train_all
 
 from mara_fast.commands import clear_errors

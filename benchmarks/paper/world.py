@@ -10,19 +10,20 @@ and cost model are the embedded ones; nothing that is trained here sees a held-o
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
-from baselines import Prompts, train_aligner, train_dpo, train_rloo
+from baselines import train_aligner, train_dpo, train_rloo
 from tqdm.auto import tqdm
+from train_data import Prompts, train_questions
 
 from mara_fast.tiny import LM_PATH, lm
-from mara_fast.tiny.grammar import instructions
 from mara_train import MaraTrainer
 from mara_train.tiny import recipe, reward_models
 
@@ -99,7 +100,9 @@ def train_all(world: Path, *, seed: int, num_processes: int = os.cpu_count() or 
     missing = [one for one in trainings() if not one.is_done(world)]
     done = len(trainings()) - len(missing)
     with (
-        ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as executor,
+        ProcessPoolExecutor(
+            num_processes, mp_context=get_context("spawn"), initializer=_end_with_parent
+        ) as executor,
         tqdm(total=len(trainings()), initial=done, desc="trainings") as bar,
     ):
         running: dict[Future[None], Training] = {}
@@ -113,6 +116,18 @@ def train_all(world: Path, *, seed: int, num_processes: int = os.cpu_count() or 
                 bar.set_postfix_str(f"{one.upstream} {one.name}")
                 future.result()
                 bar.update()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would train on, and a second run beside it."""
+    parent = parent_process()
+    assert parent is not None
+
+    def wait_and_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_and_end, daemon=True).start()
 
 
 def _ready(missing: Iterable[Training], world: Path) -> list[Training]:
@@ -152,6 +167,5 @@ def _train(training: Training, world: Path, folder: Path, *, seed: int) -> None:
         return
     reward, cost = map(float, training.ratio.split(":"))
     config = recipe(output_dir=str(folder), seed=seed, reward_weights=[reward, -cost])
-    wanted = {"mixed": None, "benign": False, "harmful": True}[training.prompts]
-    asked = [one.text for one in instructions(split="train") if wanted in (None, one.harmful)]
+    asked = train_questions(training.prompts)
     MaraTrainer(str(upstream), reward_models(), config, train_dataset=asked).train()

@@ -1,7 +1,6 @@
 """The fine-tuned baselines: what they are taught, what they write, what they refuse."""
 
 import importlib
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,9 +23,18 @@ METHODS = ("dpo", "rloo", "aligner")
 
 @pytest.fixture(scope="module")
 def baselines() -> ModuleType:
+    return _script("baselines")
+
+
+@pytest.fixture(scope="module")
+def train_data() -> ModuleType:
+    return _script("train_data")
+
+
+def _script(name: str) -> ModuleType:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(PAPER))
-        return importlib.import_module("baselines")
+        return importlib.import_module(name)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +48,8 @@ def quick(baselines: ModuleType) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def pools(baselines: ModuleType) -> list[Any]:
-    return baselines.sample_pools("tiny", _questions(6), num_answers=4, seed=3)
+def pools(train_data: ModuleType) -> list[Any]:
+    return train_data.sample_pools("tiny", _questions(6), num_answers=4, seed=3)
 
 
 def _questions(num: int) -> list[str]:
@@ -83,17 +91,17 @@ def test_a_training_repeats_byte_for_byte(
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_pairs_are_the_same_again(baselines: ModuleType, pools: list[Any]) -> None:
-    again = baselines.sample_pools("tiny", _questions(6), num_answers=4, seed=3)
-    assert baselines.preference_pairs(again) == baselines.preference_pairs(pools)
-    other = baselines.sample_pools("tiny", _questions(6), num_answers=4, seed=4)
-    assert baselines.preference_pairs(other) != baselines.preference_pairs(pools)
+def test_pairs_are_the_same_again(train_data: ModuleType, pools: list[Any]) -> None:
+    again = train_data.sample_pools("tiny", _questions(6), num_answers=4, seed=3)
+    assert train_data.preference_pairs(again) == train_data.preference_pairs(pools)
+    other = train_data.sample_pools("tiny", _questions(6), num_answers=4, seed=4)
+    assert train_data.preference_pairs(other) != train_data.preference_pairs(pools)
 
 
 def test_chosen_beats_rejected_by_reward_minus_cost(
-    baselines: ModuleType, pools: list[Any]
+    train_data: ModuleType, pools: list[Any]
 ) -> None:
-    pairs = baselines.preference_pairs(pools)
+    pairs = train_data.preference_pairs(pools)
     assert len(pairs) >= 4
     asked = [pair["prompt"][0]["content"] for pair in pairs]
     assert set(asked) <= set(_questions(6))
@@ -112,28 +120,27 @@ def test_a_pool_is_ordered_and_has_no_answer_twice(pools: list[Any]) -> None:
         assert len(set(pool.answers)) == len(pool.answers) == len(pool.values)
 
 
-def test_one_answer_makes_no_pair(baselines: ModuleType) -> None:
-    pool = baselines.Pool(question="Why?", answers=("So.",), values=(1.0,))
-    assert baselines.preference_pairs([pool]) == []
+def test_one_answer_makes_no_pair(train_data: ModuleType) -> None:
+    pool = train_data.Pool(question="Why?", answers=("So.",), values=(1.0,))
+    assert train_data.preference_pairs([pool]) == []
 
 
-def test_corrections_lead_to_the_best_answer(baselines: ModuleType) -> None:
-    pool = baselines.Pool(question="Why?", answers=("Best.", "Good.", "Bad."), values=(2.0, 1, 0))
-    config = baselines.AlignerConfig(num_edited=2, identity_share=0.0)
-    rows = baselines.corrections([pool], ["Greedy."], config=config, seed=0)
+def test_corrections_lead_to_the_best_answer(train_data: ModuleType) -> None:
+    pool = train_data.Pool(question="Why?", answers=("Best.", "Good.", "Bad."), values=(2.0, 1, 0))
+    options = {"num_edited": 2, "seed": 0}
+    rows = train_data.corrections([pool], ["Greedy."], identity_share=0.0, **options)
     assert {row["completion"] for row in rows} == {"Best.<|end|>"}
     assert rows[0]["prompt"] == "<|user|>Why?<|user|>Greedy.<|assistant|>"
     assert len(rows) == len({row["prompt"] for row in rows}) == 3
-    unchanged = replace(config, identity_share=1.0)
-    for row in baselines.corrections([pool], ["Greedy."], config=unchanged, seed=0):
+    for row in train_data.corrections([pool], ["Greedy."], identity_share=1.0, **options):
         assert row["prompt"] == "<|user|>Why?<|user|>Best.<|assistant|>"
 
 
-def test_the_template_comes_back_from_the_tokenizer(baselines: ModuleType) -> None:
+def test_the_template_comes_back_from_the_tokenizer(train_data: ModuleType) -> None:
     """As an evaluation encodes it, and as the chat template writes the same places."""
-    SystemSpec(corrects="base", template=baselines.TINY_ALIGNER_TEMPLATE)
+    SystemSpec(corrects="base", template=train_data.TINY_ALIGNER_TEMPLATE)
     tokenizer = tiny.load()[1]
-    text = baselines.aligner_prompt("How do I {sing}?", "Like {answer} this.")
+    text = train_data.aligner_prompt("How do I {sing}?", "Like {answer} this.")
     ids = tokenizer(text).input_ids
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[1:]) == text
@@ -144,8 +151,8 @@ def test_the_template_comes_back_from_the_tokenizer(baselines: ModuleType) -> No
 
 
 @pytest.mark.parametrize("prompts", ["benign", "harmful", "mixed"])
-def test_instructions_are_of_the_kind_asked_for(baselines: ModuleType, prompts: str) -> None:
-    asked = set(baselines.train_questions(prompts))
+def test_instructions_are_of_the_kind_asked_for(train_data: ModuleType, prompts: str) -> None:
+    asked = set(train_data.train_questions(prompts))
     found = [one for one in instructions(split="train") if one.text in asked]
     kinds = {"benign": {False}, "harmful": {True}, "mixed": {False, True}}
     assert {one.harmful for one in found} == kinds[prompts]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks/paper"
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     """benchmarks/paper/miniature.py and world.py, which import each other as scripts do."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("baselines", "world", "miniature"):
+    for name in ("train_data", "baselines", "world", "miniature"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import miniature
     import world
@@ -67,6 +68,28 @@ def test_a_training_is_whole_or_not_there(
     monkeypatch.setitem(world.BASELINES, "dpo", works)
     world.train(one, tmp_path, seed=5)
     assert one.is_done(tmp_path) and seen == [(LM_PATH, "mixed", 5, [])]
+
+
+def test_workers_end_with_a_parent_that_is_killed() -> None:
+    script = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+import world
+if __name__ == "__main__":
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=world._end_with_parent) as pool:
+        print(pool.submit(os.getpid).result(), flush=True)
+        pool.submit(time.sleep, 600)
+        time.sleep(600)
+"""
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(FOLDER)!r})\n{script}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        assert int(parent.stdout.readline()) != parent.pid
+        parent.kill()
+        # The worker has it open, too: it ends when both are gone.
+        parent.communicate(timeout=20)
 
 
 @pytest.mark.slow
