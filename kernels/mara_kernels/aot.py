@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from tqdm.auto import tqdm
 
 from mara_kernels.configs import ARCHITECTURES
 from mara_kernels.production import CASES, Case
@@ -217,7 +220,8 @@ def compile_all(
     # spawn: a forked process would inherit torch's threads.
     with ProcessPoolExecutor(processes or os.cpu_count(), get_context("spawn")) as pool:
         results = pool.map(compile_operation, *zip(*wanted, strict=True))
-        return [resources for group in results for resources in group]
+        groups = tqdm(results, total=len(wanted), desc="operations", disable=None)
+        return [resources for group in groups for resources in group]
 
 
 def table(found: list[Resources]) -> str:
@@ -266,7 +270,7 @@ def main() -> None:
     print(table(found))
     if arguments.output:
         record = {
-            "command": "python -m mara_kernels.aot",
+            "command": shlex.join(["python", "-m", "mara_kernels.aot", *sys.argv[1:]]),
             "date": datetime.now(UTC).date().isoformat(),
             "triton": triton.__version__,
             "platform": platform.machine(),
