@@ -15,6 +15,17 @@ app = typer.Typer(
 )
 
 
+def _from_file(context: typer.Context, path: Path | None) -> Path | None:
+    """The file's options become the command's defaults."""
+    if path is not None:
+        from mara_fast.bench.spec import BenchSpec
+
+        with clear_errors():
+            context.obj = BenchSpec.read(path)
+        context.default_map = dict(context.obj.options)
+    return path
+
+
 @app.command(
     epilog="""[bold]Examples[/bold]
 
@@ -25,6 +36,18 @@ app = typer.Typer(
 )
 @clear_errors()
 def bench(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            "-c",
+            is_eager=True,
+            callback=_from_file,
+            help="YAML file of these options, which those given here go before; "
+            "see benchmarks/paper/speed.yaml.",
+        ),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(
@@ -40,12 +63,16 @@ def bench(
     aligner: Annotated[
         str | None,
         typer.Option(
-            help="Shape of the Aligner's second model, or the same; without it aligner-7b for "
-            "shapes of 1B and more, else the model's own."
+            help="Shape of the Aligner's second model, or of a real model's a hub id or path; "
+            "without it aligner-7b for models of 1B and more, else the model itself."
         ),
     ] = None,
+    dataset_path: Annotated[
+        str | None,
+        typer.Option(help="JSON or JSONL of prompts, of a real model; without it random tokens."),
+    ] = None,
     batch_sizes: Annotated[str, typer.Option(help="Comma-separated.")] = "1,16",
-    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a prompt.")] = 64,
+    input_len: Annotated[int, typer.Option(min=1, help="Tokens of a random prompt.")] = 64,
     output_len: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 48,
     num_prompts: Annotated[
         int | None, typer.Option(min=1, help="For each batch size; without it four per slot.")
@@ -79,17 +106,20 @@ def bench(
 ) -> None:
     """Measure decoding: ours, transformers, the authors' cascade and the Aligner, in one run."""
     from mara_fast.bench.run import BenchConfig, run
+    from mara_fast.bench.spec import BenchSpec
     from mara_fast.bench.systems import SYSTEMS
 
     if list_systems:
         for number, name in enumerate(SYSTEMS, start=1):
             typer.echo(f"{number}  {name}")
         return
+    spec = context.obj or BenchSpec()
     run(
         BenchConfig(
             model=model,
             agent=agent,
             aligner=aligner,
+            dataset_path=dataset_path,
             batch_sizes=batch_sizes,
             input_len=input_len,
             output_len=output_len,
@@ -108,6 +138,8 @@ def bench(
         ),
         show_targets=targets,
         output=output_json,
+        paper=spec.paper,
+        notes=spec.notes,
     )
 
 

@@ -107,7 +107,7 @@ def time_by_part(run: Callable[[], Any], device: torch.device) -> dict[str, floa
     return shares | {"rest": max(0.0, 1 - sum(shares.values()))}
 
 
-def roofline(model: PreTrainedModel, *, context: int, batch_size: int) -> dict[str, float]:
+def roofline(model: PreTrainedModel, *, context: float, batch_size: int) -> dict[str, float]:
     """What the device does at best, and the tokens per second of plain decoding that allows.
 
     A decode step reads every weight but the embeddings' once, and the keys and values of every

@@ -1,6 +1,7 @@
 """Figures as a table, as JSON and as plots."""
 
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ _RATIOS = (
     (targets.TRANSFORMERS, OURS, TRANSFORMERS),
     (targets.ALIGNER, OURS, OUR_ALIGNER),
     (targets.ALIGNER_TRANSFORMERS, OURS, ALIGNER),
+    ("authors' cascade / Aligner, transformers", CASCADE, ALIGNER),
     ("plain, ours / plain, transformers", OUR_PLAIN, TRANSFORMERS),
     ("plain, ours / plain, transformers static + compile", OUR_PLAIN, STATIC),
 )
@@ -100,13 +102,16 @@ def _equal_frac(first: list[list[int]], second: list[list[int]]) -> float:
     return statistics.mean(a == b for a, b in zip(first, second, strict=False))
 
 
-def print_batch(console: Console, batch: dict[str, Any]) -> None:
-    """Prints the figures of one batch size."""
+def print_batch(console: Console, batch: dict[str, Any], paper: Mapping[str, float]) -> None:
+    """Prints the figures of one batch size, those of a paper beside them."""
     table = Table(title=f"batch {batch['batch_size']}", title_justify="left")
-    for title in ("system", "tokens/s", "range"):
+    for title in ("system", "tokens/s", "range", *(["paper"] if paper else [])):
         table.add_column(title, justify="left" if title == "system" else "right")
     for name, rate in batch["tokens_per_s"].items():
-        table.add_row(name, f"{rate['median']:.1f}", f"{rate['min']:.1f} - {rate['max']:.1f}")
+        cells = [name, f"{rate['median']:.1f}", f"{rate['min']:.1f} - {rate['max']:.1f}"]
+        if paper:
+            cells.append(f"{paper[name]:g}" if name in paper else "")
+        table.add_row(*cells)
     console.print(table)
     for title, values in (
         ("profile", batch["profile"]),
@@ -116,6 +121,13 @@ def print_batch(console: Console, batch: dict[str, Any]) -> None:
     ):
         text = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
         console.print(f"{title}: {text}", highlight=False)
+    printed = [
+        f"{name} {paper[first] / paper[second]:.2f}"
+        for name, first, second in _RATIOS
+        if first in paper and second in paper
+    ]
+    if printed:
+        console.print(f"the paper's ratios: {', '.join(printed)}", highlight=False)
 
 
 def print_targets(console: Console, judged: list[dict[str, Any]]) -> None:

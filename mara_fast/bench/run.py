@@ -1,13 +1,15 @@
 """A run of the benchmark: models and prompts, the systems in turn, the report.
 
-Fairness: one model, one agent, the same prompts of one length, the same number of tokens, the end
-of sequences ignored, the same threads for all. Figures are medians of rounds in which all systems
+Fairness: one model, one agent, the same prompts, the same number of tokens, the end of sequences
+ignored, the same threads for all. Figures are medians of rounds in which all systems
 run in turn. Loading, construction and a first run of each system are outside the clock. The Aligner
 decodes an answer and then its correction; only the correction's tokens count, as only it is used.
 """
 
 import json
 import os
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +28,11 @@ from mara_fast.bench.model import SHAPES, calibrate, random_llama
 from mara_fast.bench.systems import CASCADE, OURS, STATIC, SYSTEMS, Subject, systems_of
 from mara_fast.config import DecodingConfig
 from mara_fast.engine import Engine
+from mara_fast.jsonl import PromptRecord, read_prompts
 from mara_fast.language_model import FrozenLM
-from mara_fast.loading import choose_device, choose_dtype, load_agent, load_model
+from mara_fast.loading import choose_device, choose_dtype, load_agent, load_model, load_tokenizer
 from mara_fast.outputs import DecodingStats
+from mara_fast.prompts import encode_prompts
 
 _ALIGNER = "aligner-7b"
 _PROMPTS_PER_SLOT = 4
@@ -42,6 +46,7 @@ class BenchConfig:
     model: str = "50m"
     agent: str | None = None
     aligner: str | None = None
+    dataset_path: str | None = None
     batch_sizes: str = "1,16"
     input_len: int = 64
     output_len: int = 48
@@ -63,6 +68,10 @@ class BenchConfig:
         """The batch sizes."""
         return _numbers("batch_sizes", self.batch_sizes)
 
+    def count(self, batch_size: int) -> int:
+        """Prompts for a batch size."""
+        return self.num_prompts or _PROMPTS_PER_SLOT * batch_size
+
     @property
     def names(self) -> tuple[str, ...]:
         """The systems; by default all that the device has."""
@@ -79,8 +88,15 @@ class BenchConfig:
                 f"model={self.model!r} is no shape ({', '.join(SHAPES)}); a real model needs an "
                 "--agent"
             )
-        if self.aligner is not None and self.aligner not in SHAPES:
-            raise ValueError(f"aligner={self.aligner!r} is not known; allowed: {', '.join(SHAPES)}")
+        if self.model in SHAPES and self.aligner is not None and self.aligner not in SHAPES:
+            raise ValueError(
+                f"aligner={self.aligner!r} is not known; allowed beside a random model: "
+                f"{', '.join(SHAPES)}"
+            )
+        if self.model in SHAPES and self.dataset_path is not None:
+            raise ValueError(
+                f"--dataset-path goes with a real model, and {self.model} is a random shape"
+            )
         if OURS not in self.names:
             raise ValueError(
                 f"systems={self.systems!r} leaves {OURS} (1) out, which all ratios need"
@@ -89,13 +105,26 @@ class BenchConfig:
         choose_dtype(self.dtype, choose_device(self.device))
 
 
-def run(config: BenchConfig, *, show_targets: bool, output: Path | None) -> dict[str, Any]:
+def run(
+    config: BenchConfig,
+    *,
+    show_targets: bool = False,
+    output: Path | None = None,
+    paper: Mapping[str, float] | None = None,
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
     """Measures, prints and writes.
 
     Args:
         config: what is measured.
         show_targets: judge the targets of the device.
         output: JSON file; a plot goes beside it, where matplotlib is installed.
+        paper: tokens per second that a paper prints, by system; shown beside what is measured.
+        notes: printed below.
+
+    Raises:
+        ValueError: an output that cannot be written, or too few prompts.
+        FileNotFoundError: no such file of prompts.
     """
     if output is not None:
         # Found before the run, not after it.
@@ -112,24 +141,32 @@ def run(config: BenchConfig, *, show_targets: bool, output: Path | None) -> dict
     console = Console()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    records = _records(config)
     subject, description = _subject(config)
     device = subject.model.device
+    encoded = _encoded(records, subject.model, config)
     found: dict[str, Any] = {
         **facts_of(device, subject.model.dtype, "transformers"),
         "model": description,
         "options": config.__dict__,
         "batches": [],
     }
+    if paper:
+        found["paper"] = dict(paper)
     console.print(f"{description}\n{found['hardware']}, {found['date']}", highlight=False)
     for size in config.sizes:
-        count = config.num_prompts or _PROMPTS_PER_SLOT * size
-        prompts = _prompts(subject.model, config.input_len, count, seed=config.seed + 1)
+        count = config.count(size)
+        prompts = encoded[:count] or _prompts(
+            subject.model, config.input_len, count, seed=config.seed + 1
+        )
         batch = _measure(subject, prompts, size, config)
         found["batches"].append(batch)
-        report.print_batch(console, batch)
+        report.print_batch(console, batch, paper or {})
     if show_targets:
         found["targets"] = targets.judge(found["batches"], device=device.type)
         report.print_targets(console, found["targets"])
+    for note in notes:
+        console.print(note, highlight=False, style="dim")
     if output is not None:
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         try:
@@ -157,7 +194,7 @@ def _measure(
     engine = Engine(subject.model, subject.agent, False, max_batch_size=size, **options)
     decoding = DecodingConfig(max_new_tokens=subject.num_tokens, ignore_eos=True)
     stats = sum((one.stats for one in engine.generate(prompts, decoding)), DecodingStats())
-    context = config.input_len + config.output_len // 2
+    context = statistics.mean(map(len, prompts)) + config.output_len / 2
     return report.batch_report(
         size,
         rates=rates,
@@ -185,11 +222,16 @@ def _subject(config: BenchConfig) -> tuple[Subject, str]:
     num_weights = sum(parameter.numel() for parameter in model.parameters())
     is_small = num_weights < 1e9
     shape = config.aligner or (None if is_small else _ALIGNER)
-    aligner = model if shape is None else _random(shape, config.seed + 2, model.dtype, device)
-    description += f", {num_weights / 1e6:.0f}M parameters"
-    description += "; the Aligner's second model is " + (
-        "the same model" if shape is None else f"a random {shape}"
-    )
+    description += f", {num_weights / 1e6:.0f}M parameters; the Aligner's second model is "
+    if shape is None:
+        aligner, second = model, "the same model"
+    elif shape in SHAPES:
+        aligner = _random(shape, config.seed + 2, model.dtype, device)
+        second = f"a random {shape}"
+    else:
+        aligner = load_model(shape, dtype=config.dtype, device=config.device)
+        second = shape
+    description += second
     graphs: bool | str = "auto" if config.cuda_graph else False
     return (
         Subject(
@@ -211,6 +253,33 @@ def _prompts(model: PreTrainedModel, length: int, count: int, *, seed: int) -> l
     generator = torch.Generator().manual_seed(seed)
     vocab_size = model.config.get_text_config().vocab_size
     return torch.randint(vocab_size, (count, length), generator=generator).tolist()
+
+
+def _records(config: BenchConfig) -> list[PromptRecord]:
+    """The prompts of the file, if one was given and has as many as are needed."""
+    if config.dataset_path is None:
+        return []
+    records, needed = read_prompts(Path(config.dataset_path)), max(map(config.count, config.sizes))
+    if len(records) < needed:
+        raise ValueError(
+            f"dataset_path={config.dataset_path!r} has {len(records)} prompts, and {needed} are "
+            "needed; give fewer by num_prompts"
+        )
+    return records[:needed]
+
+
+def _encoded(
+    records: list[PromptRecord], model: PreTrainedModel, config: BenchConfig
+) -> list[list[int]]:
+    if not records:
+        return []
+    pairs = encode_prompts(
+        [record.prompt for record in records],
+        tokenizer=load_tokenizer(config.model),
+        prompt_format=DecodingConfig().prompt_format,
+        vocab_size=model.config.get_text_config().vocab_size,
+    )
+    return [ids for _, ids in pairs]
 
 
 def _numbers(name: str, text: str, most: int | None = None) -> list[int]:

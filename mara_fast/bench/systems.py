@@ -47,7 +47,7 @@ def systems_of(
 
     Args:
         subject: models, agent, tokens.
-        prompts: token ids, all of one length.
+        prompts: token ids.
         batch_size: prompts at once; the authors' cascade knows only one.
         names: of :data:`SYSTEMS`.
     """
@@ -101,10 +101,14 @@ def systems_of(
 def _generate(
     model: PreTrainedModel, prompts: list[list[int]], num_tokens: int, options: dict[str, Any]
 ) -> list[list[int]]:
-    inputs = torch.tensor(prompts, device=model.device)
+    length = max(map(len, prompts))
+    inputs, mask = (
+        torch.tensor([[0] * (length - len(row)) + row for row in rows], device=model.device)
+        for rows in (prompts, [[1] * len(row) for row in prompts])
+    )
     output = model.generate(
         inputs,
-        attention_mask=torch.ones_like(inputs),
+        attention_mask=mask,
         do_sample=False,
         max_new_tokens=num_tokens,
         min_new_tokens=num_tokens,

@@ -86,12 +86,74 @@ def test_a_real_model(tmp_path: Path) -> None:
     assert batch["equal_answers_frac"] == {f"{OURS} = {CASCADE}": 1.0}
 
 
+def test_a_file_of_options_and_printed_figures(tmp_path: Path) -> None:
+    from mara_fast import tiny
+
+    prompts = tmp_path / "prompts.jsonl"
+    asked = ["how do i bake bread?", "What is it?", "tell me how to sing a song in the rain"]
+    prompts.write_text("".join(json.dumps({"prompt": one}) + "\n" for one in asked))
+    options = {
+        "model": str(tiny.LM_PATH),
+        "agent": str(tiny.AGENT_PATH),
+        "aligner": str(tiny.LM_PATH),
+        "dataset_path": str(prompts),
+        "batch_sizes": [1, 3],
+        "num_prompts": 3,
+        "num_serial_prompts": 3,
+        "output_len": 4,
+        "num_iters": 1,
+        "paper": {CASCADE: 31.41, "Aligner, transformers": 20.63},
+        "notes": ["The setting is not described."],
+    }
+    spec, path = tmp_path / "speed.yaml", tmp_path / "b.json"
+    spec.write_text(json.dumps(options))
+    # What is given goes before what the file says.
+    result = run("-c", str(spec), "--batch-sizes", "2", "--output-json", str(path))
+    assert result.exit_code == 0, (result.output, result.exception)
+    found = json.loads(path.read_text())
+    [batch] = found["batches"]
+    assert batch["batch_size"] == 2 and found["options"]["batch_sizes"] == "2"
+    assert found["options"]["output_len"] == 4 and found["paper"] == options["paper"]
+    # Prompts of unequal length: padding changes nobody's tokens.
+    assert set(batch["equal_answers_frac"].values()) == {1.0}
+    rates = {name: rate["median"] for name, rate in batch["tokens_per_s"].items()}
+    assert batch["ratios"]["authors' cascade / Aligner, transformers"] == (
+        rates[CASCADE] / rates["Aligner, transformers"]
+    )
+    assert "the paper's ratios: authors' cascade / Aligner, transformers 1.52" in result.output
+    assert "31.41" in result.output and "The setting is not described." in result.output
+    refused = run("-c", str(spec), "--num-prompts", "4")
+    assert refused.exit_code == 2 and "has 3 prompts, and 4 are needed" in refused.output
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- 1", "expected a mapping of options to values, got [1]"),
+        ("modle: x", "unknown option 'modle'; did you mean 'model'?"),
+        ("paper: {mara: 3}", "paper names 'mara', which is no system; there are MARA, ours"),
+        ("paper: {'MARA, ours': fast}", "a number of tokens per second"),
+        ("paper: 3", "paper must be a mapping of systems to numbers, got 3"),
+        ("num_iters: many", "Invalid value for '--num-iters'"),
+        ("num_iters: 0", "Invalid value for '--num-iters'"),
+        ("batch_sizes: [0]", "batch_sizes='0' is not allowed"),
+        ("model: [", "spec.yaml"),
+    ],
+)
+def test_mistakes_in_a_file(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(text)
+    result = run("-c", str(tmp_path / "spec.yaml"))
+    assert result.exit_code == 2 and message in result.output, (result.output, result.exception)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("-c", "no-such.yaml"), "no file at no-such.yaml"),
+        (("--dataset-path", "x"), "--dataset-path goes with a real model, and 50m is a random"),
         (("--model", "9b"), "model='9b' is no shape (50m, llama-3.2-1b"),
         (("--agent", "x"), "--agent goes with a real model, and 50m is a random shape"),
-        (("--aligner", "x"), "aligner='x' is not known; allowed: 50m"),
+        (("--aligner", "x"), "aligner='x' is not known; allowed beside a random model: 50m"),
         (("--batch-sizes", "0"), "batch_sizes='0' is not allowed; allowed: integers >= 1, as 1,16"),
         (("--batch-sizes", "1,,2"), "batch_sizes='1,,2' is not allowed"),
         (("--systems", "2,9"), "systems='2,9' is not allowed; allowed: from 1 to 7"),

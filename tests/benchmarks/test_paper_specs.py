@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mara_fast.bench.run import BenchConfig
+from mara_fast.bench.spec import BenchSpec
 from mara_fast.evaluation.spec import PREFERENCE, EvalSpec
 
 FOLDER = Path(__file__).parents[2] / "benchmarks/paper"
@@ -40,7 +42,10 @@ def printed(name: str) -> Iterator[tuple[str, str, str, float]]:
                 yield pair, dataset, kind, rate
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+TABLES = sorted(path for path in FOLDER.glob("*.yaml") if path.stem != "speed")
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_every_spec_reads(path: Path) -> None:
     found = EvalSpec.read(path)
     assert found.comparisons and found.notes
@@ -83,3 +88,10 @@ def test_the_rule_of_a_win_fits_table_5() -> None:
             if prompts > 1.6:
                 far.append((pair.partition(" vs ")[0], dataset))
     assert far == [("Mistral-7B-v0.1 2 to 1", "SafeRLHF"), ("Mistral-7B-v0.2 0 to 1", "SafeRLHF")]
+
+
+def test_the_speed_claim() -> None:
+    found = BenchSpec.read(FOLDER / "speed.yaml")
+    assert sorted(found.paper.values()) == [20.63, 31.41]
+    config = BenchConfig(**found.options)
+    assert config.sizes == [1] and config.num_serial_prompts == config.count(1)
