@@ -2,7 +2,8 @@
 
 fallback rate  = positions where all were rejected / decided positions
 repetition     = tokens that end a 4-gram which occurred before / tokens
-divergence     = Σ (log policy - log language model) / tokens, nats per token
+divergence     = Σ (log policy - log language model) / tokens, nats per token;
+                 with acceptance "sample" an estimate of KL(policy || language model)
 """
 
 from mara_fast.config import DecodingConfig
@@ -61,7 +62,7 @@ def _drift(stats: DecodingStats, config: DecodingConfig) -> str | None:
     if drift <= budget:
         return None
     return (
-        f"the policy is {drift:.3f} nats per token away from the language model "
+        f"to the policy the text is {drift:.3f} nats per token likelier than to the language model "
         f"(kl_budget={budget:g}, over {stats.num_tokens} tokens): lower "
         f"threshold={config.threshold:g}, or give an agent less weight (agent_weights)"
     )

@@ -218,7 +218,7 @@ def generate(
     kl_budget: Annotated[
         float | None,
         typer.Option(
-            help="Nats per token away from the model that raise an alarm.",
+            help="Nats per token likelier than to the model that raise an alarm.",
             rich_help_panel=_DECODING,
         ),
     ] = None,

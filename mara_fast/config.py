@@ -80,8 +80,9 @@ class DecodingConfig:
             in [0, 1], before :mod:`mara_fast.alarms` speaks up; None: never.
         max_repetition: share of the tokens that may repeat what was said before, in [0, 1], before
             it does; None: never.
-        kl_budget: nats per token that the policy may move away from the language model before it
-            does, >= 0; None: never. It is known for the strategy ``"first"`` only.
+        kl_budget: nats per token by which a text may be likelier to the policy than to the language
+            model before it does, >= 0; None: never. With acceptance ``"sample"`` an estimate of
+            their divergence. It is known for the strategy ``"first"`` only.
 
     Raises:
         ValueError: naming the option, what was given and what is allowed.

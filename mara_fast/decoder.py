@@ -287,12 +287,14 @@ class Decoder:
 
     def _propose(self, slots: slice, state: SlotState, size: Tensor, shape: StepShape) -> "_Window":
         """The next candidates of every slot, forwarded."""
-        count = hand_out(state.offset, size, shape, self._survival)
+        count = rows = hand_out(state.offset, size, shape, self._survival)
         if self.host_reads:
-            shape = StepShape(window=int(count.max()), num_rows=int(count.sum()))
+            # An idle slot keeps a row of its own: of another's, a NaN would stay in its cache.
+            rows = count.clamp(min=1)
+            shape = StepShape(window=int(rows.max()), num_rows=int(rows.sum()))
         num_slots, width = count.shape[0], shape.window
         column = torch.arange(width, device=count.device)
-        # Rows that a slot has not repeat its first.
+        # Beyond its own rows a slot repeats its first.
         tried = state.offset[:, None] + torch.where(column < count[:, None], column, 0)
         rank = rank_of_tried(tried, size[:, None], self.rule.order)
         rank = rank.clamp(min=0, max=state.candidate_ids.shape[1] - 1)
@@ -300,7 +302,7 @@ class Decoder:
         base = self._base(state)
         packing = None
         if self.lm.can_pack and shape.num_rows < num_slots * width:
-            packing = Packing.of(count, shape)
+            packing = Packing.of(rows, shape)
         tree = siblings(width, ids_BW.device)
         hidden = self._forward(slots, state, ids_BW, tree, base, packing)
         if packing is None:

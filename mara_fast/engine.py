@@ -22,6 +22,7 @@ from mara_fast.row_budget import StepShape
 from mara_fast.run import Request, Run
 from mara_fast.step_graphs import Capture, CudaCapture
 from mara_fast.streaming import stream_events, stream_to
+from mara_fast.tensor_parallel import least_of_all
 from mara_fast.window import MeasuredCosts, StepCosts
 from mara_kernels import dispatch
 
@@ -307,13 +308,16 @@ class Engine:
         # The idle decoder's memory is used again, or given back.
         with self._idle_lock:
             idle = 0 if self._idle is None else self._idle.cache.num_bytes
-        budget = self.memory_utilization * (free_memory(self.lm.device) + idle)
+        budget = int(self.memory_utilization * (free_memory(self.lm.device) + idle))
+        if self.lm.is_sharded:
+            # Every process holds a part of each key: all plan the same pools.
+            budget = least_of_all(budget)
         return plan_pools(
             [length + config.max_new_tokens for length in lengths],
             max_slots=self.max_batch_size,
             scratch=self._scratch(config, min(self.max_batch_size, len(lengths)), max(lengths)),
             row_bytes=self.lm.row_bytes,
-            budget=int(budget),
+            budget=budget,
         )
 
     def _scratch(self, config: DecodingConfig, num_slots: int, longest_prompt: int) -> int:

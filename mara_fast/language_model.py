@@ -8,6 +8,7 @@ Shapes: B slots, T rows per slot, H hidden, V vocabulary.
 """
 
 import copy
+import logging
 import threading
 import weakref
 from collections.abc import Iterator
@@ -33,8 +34,11 @@ AttentionPath = Literal["auto", "candidate", "stock"]
 ATTENTION_PATHS = ("auto", "candidate", "stock")
 
 _MOST_GRAPHS = 256
+"""Compiled shapes of all engines of a process together."""
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _COUPLED_ROPES = {"dynamic", "longrope"}
+
+_logger = logging.getLogger(__name__)
 
 
 class UnsupportedModelError(ValueError):
@@ -72,7 +76,7 @@ class FrozenLM:
         self.model = model.eval()
         self.name = type(model).__name__
         self.config = model.config.get_text_config()
-        self._is_sharded = is_sharded(model.parameters())
+        self.is_sharded = is_sharded(model.parameters())
         self._body_name, self.body = self._find_body()
         self._head = self._headless_copy()
         self._injected: TreeContext | None = None
@@ -80,6 +84,7 @@ class FrozenLM:
         self.row_bytes = 0
         """Keys and values of one position in all layers, as measured."""
         self._step_body: Any = self.body
+        self._is_full = False
         self.can_pack = False
         """New rows of several slots may come as one sequence."""
         self._refuse_by_config()
@@ -116,7 +121,13 @@ class FrozenLM:
         return max_positions(self.config)
 
     def hidden_states(
-        self, ids_BT: Tensor, *, positions: Tensor, cache: SlotCache, context: TreeContext
+        self,
+        ids_BT: Tensor,
+        *,
+        positions: Tensor,
+        cache: SlotCache,
+        context: TreeContext,
+        compiled: bool = True,
     ) -> Tensor:
         """Last hidden states, after the final norm, of new rows of the cache's selected slots.
 
@@ -125,9 +136,10 @@ class FrozenLM:
             positions: int64 [B, T].
             cache: slots, base and packing selected; the rows' keys and values are left at the base.
             context: the rows' place in their slots.
+            compiled: decode steps run compiled, where this was asked for; False: as they are.
 
         Returns:
-            [B, T, H]
+            [B, T, H]; [1, R, H] of packed rows.
         """
         extra: dict[str, Any] = {}
         if self.attention == "candidate":
@@ -146,19 +158,30 @@ class FrozenLM:
             **extra,
         }
         with self._our_attention(context):
-            if self.is_compiled and context.rows.tree.kind == "siblings":
+            if compiled and self.is_compiled and context.rows.tree.kind == "siblings":
                 hidden = self._compiled_step(inputs)
             else:
                 hidden = self.body(**inputs).last_hidden_state
-        return of_first(hidden) if self._is_sharded else hidden
+        return of_first(hidden) if self.is_sharded else hidden
 
     def _compiled_step(self, inputs: dict[str, Any]) -> Tensor:
-        from torch._dynamo.exc import TorchDynamoException
+        from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
+        if self._is_full:
+            with torch.compiler.set_stance("eager_on_recompile"):
+                return self._step_body(**inputs).last_hidden_state
         try:
             # A graph for every number of slots and window, and a head room for several engines.
             with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
                 return self._step_body(**inputs).last_hidden_state
+        except FailOnRecompileLimitHit:
+            self._is_full = True
+            _logger.warning(
+                "%s: %d shapes of steps are compiled, and no more will be: others run as they are",
+                self.name,
+                _MOST_GRAPHS,
+            )
+            return self.body(**inputs).last_hidden_state
         except TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0]
             raise UnsupportedModelError(

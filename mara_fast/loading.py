@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 ModelLike: TypeAlias = "PreTrainedModel | str | os.PathLike[str]"
 OneAgent: TypeAlias = "MaraAgent | str | os.PathLike[str]"
-AgentLike: TypeAlias = "OneAgent | AgentMixture | Sequence[OneAgent] | bool | None"
+AgentLike: TypeAlias = "OneAgent | Sequence[OneAgent] | bool | None"
 
 TINY = "tiny"
 """Name of the embedded default model."""
@@ -133,8 +133,6 @@ def load_agent(agent: AgentLike, *, model: Any, lm: "FrozenLM") -> MaraAgent | A
         agent = str(tiny.AGENT_PATH)
     if agent is None or agent is False:
         return None
-    if isinstance(agent, AgentMixture):
-        agent = agent.agents
     if not isinstance(agent, list | tuple):
         return _load_one(agent, lm)
     if not agent:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mara_fast.prompts import PromptError
+
 _LENGTH_STEP = 64
 """Slot lengths are rounded up to this, so that a cache serves several runs."""
 
@@ -69,7 +71,7 @@ def plan_pools(
         budget: bytes of a pool; at least a slot of the longest has to fit.
 
     Raises:
-        ValueError: not even one slot of some length fits, with the numbers.
+        PromptError: not even one slot of its length fits, with the numbers.
     """
     waiting = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     pools: list[Pool] = []
@@ -78,10 +80,11 @@ def plan_pools(
         each = slot_bytes(longest, scratch=scratch, row_bytes=row_bytes)
         fitting = budget // each
         if not fitting:
-            raise ValueError(
-                f"prompt {waiting[0]} needs {lengths[waiting[0]]} positions, {each / 1e9:.3g} GB "
+            raise PromptError(
+                waiting[0],
+                f" needs {lengths[waiting[0]]} positions, {each / 1e9:.3g} GB "
                 f"of keys and values; there is room for {budget / 1e9:.3g} GB: shorten it, lower "
-                "max_new_tokens or prefill_chunk, raise memory_utilization, or free memory"
+                "max_new_tokens or prefill_chunk, raise memory_utilization, or free memory",
             )
         if fitting >= min(max_slots, len(waiting)):
             members, waiting = waiting, []

@@ -93,7 +93,8 @@ def combined(
     if combination == "min":
         return torch.stack(list(logits)).amin(0)
     # Fractions of the largest first: a sum of weights may leave the range of a float.
-    fractions = [weight / max(weights) for weight in weights]
+    largest = max(weights)
+    fractions = [weight / largest for weight in weights]
     total = sum(fractions)
     parts = [d * (f / total) for d, f in zip(logits, fractions, strict=True)]
     return torch.stack(parts).sum(0)

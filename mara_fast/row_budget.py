@@ -20,13 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FORCED_FRAC = 1 / 3
-"""Positions with a single candidate, as in the paper's models."""
 ACCEPTED_FRACS = (0.70, 0.17, 0.08)
 """Of the decided positions: where rank 0, 1, 2 is accepted (paper, Figure 3: 66 to 75 %, more than
 95 % within three). The rest is examined to the end."""
-MEAN_SET_SIZE = 10
-"""Candidates of a decided position."""
 
 
 def survival(*, examines_all: bool) -> tuple[float, ...]:
@@ -82,7 +78,8 @@ def hand_out(offset: Tensor, size: Tensor, shape: StepShape, survival: Tensor) -
     chosen = worth.flatten().topk(shape.num_rows).indices
     is_chosen = torch.zeros_like(worth, dtype=torch.bool).flatten()
     is_chosen = is_chosen.scatter(0, chosen, True).view_as(worth)
-    # Which of equals is chosen is left open: the number is what counts.
+    # topk may choose any of equals: within a slot only how many counts, and processes that share a
+    # model run the same kernel on the same numbers.
     return (is_chosen & (worth > 0)).sum(-1)
 
 
@@ -90,7 +87,7 @@ class Packing(NamedTuple):
     """Rows of slots, [B, W], as one sequence, [R], and back."""
 
     place: Tensor
-    """int64 [B, W], where a slot's row is in the sequence; rows it has not repeat its first."""
+    """int64 [B, W], where a slot's row is in the sequence; beyond its own it repeats its first."""
     slot: Tensor
     """int64 [R]"""
     column: Tensor

@@ -99,6 +99,17 @@ def of_first(tensor: "Tensor") -> "Tensor":
     return tensor
 
 
+def least_of_all(value: int) -> int:
+    """The smallest that a process has, in all."""
+    import torch
+
+    if not _is_initialized():
+        return value
+    found = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return min(found)
+
+
 def told_by_first(value: Any) -> Any:
     """A Python value of process 0, in all."""
     import torch

@@ -17,32 +17,35 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import transformers
 
+import mara_fast
 from mara_fast.attention import TreeContext
 from mara_fast.cache import SlotCache
 from mara_fast.language_model import FrozenLM
-from mara_fast.row_budget import (
-    FORCED_FRAC,
-    MEAN_SET_SIZE,
-    Packing,
-    StepShape,
-    hand_out,
-    survival,
-)
+from mara_fast.row_budget import Packing, StepShape, hand_out, survival
 from mara_fast.step_graphs import Capture
 from mara_fast.tensor_parallel import told_by_first
+from mara_kernels import dispatch
 from mara_kernels.attention import NewRows, chain, siblings
 
-WINDOWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40)
+FORCED_FRAC = 1 / 3
+"""Positions with a single candidate, as in the paper's models."""
+MEAN_SET_SIZE = 10
+"""Candidates of a decided position."""
+WINDOWS = (1, 2, 3, 4, 5, 6, 8, MEAN_SET_SIZE)
+"""A wider one saves no step of a profile of this set size."""
 
 WIDEST_OF_BUDGET = 8
 """Rows of one slot where a budget is handed out: attention is as wide in every slot."""
 
 _TOO_SLOW = 1.25
 """So many times the best found: wider windows are not tried."""
+_LEAST_GAIN = 0.99
+"""Of the best found: what more rows have to get below. Less is noise, and would be kept."""
 _CONTEXT = 64
 """Positions before the rows that are measured."""
 _ROUNDS = 3
@@ -55,7 +58,7 @@ class Use(NamedTuple):
 
     num_steps: float
     num_rows: float
-    """Rows that candidates are in."""
+    """Forwarded with a candidate in them; padding is not counted."""
 
 
 def use_of(window: int, *, examines_all: bool, least_worth: float = 0.0) -> Use:
@@ -111,14 +114,11 @@ class StepCosts:
     ) -> None:
         self._measure = measure
         self.known = dict(known or {})
-        self.num_measured = 0
 
     def of(self, num_slots: int, shape: StepShape) -> float:
         """Seconds of a step."""
         if (num_slots, shape) not in self.known:
-            self.num_measured += 1
-            # Processes that share a model must choose alike.
-            self.known[num_slots, shape] = told_by_first(self._measure(num_slots, shape))
+            self.known[num_slots, shape] = self._measure(num_slots, shape)
         return self.known[num_slots, shape]
 
     def best_shape(
@@ -134,30 +134,35 @@ class StepCosts:
         Args:
             num_slots: that decode; costs are those of the next power of two.
             examines_all: the whole set is scored whatever is accepted.
-            leaves_out: a single slot forwards no rows beyond its set.
+            leaves_out: a step forwards no rows beyond the sets, where slots can be packed; without
+                packing that holds for a single slot.
             can_pack: slots need not have equally many rows.
         """
         bucket = 1 << (num_slots - 1).bit_length()
-        best, least = 1, math.inf
+        best_window, least = 1, math.inf
         tried: dict[int, float] = {}
         for window in WINDOWS:
             shape = StepShape.uniform(bucket, window)
-            steps = use_of(window, examines_all=examines_all).num_steps
-            seconds = steps * self.of(bucket, shape)
+            use = use_of(window, examines_all=examines_all)
+            cost = tried[shape.num_rows] = self.of(bucket, shape)
             if leaves_out and bucket == 1:
                 # A forced token is a step of one row.
-                one = self.of(1, StepShape.uniform(1, 1))
-                seconds = FORCED_FRAC * one + (steps - FORCED_FRAC) * self.of(bucket, shape)
-            tried[shape.num_rows] = self.of(bucket, shape)
-            if seconds < least:
-                best, least = window, seconds
+                seconds = FORCED_FRAC * tried[1] + (use.num_steps - FORCED_FRAC) * cost
+            else:
+                if leaves_out and can_pack:
+                    num_rows = math.ceil(bucket * use.num_rows / use.num_steps)
+                    cost = _between(tried, num_rows) or cost
+                seconds = use.num_steps * cost
+            if seconds < _LEAST_GAIN * least:
+                best_window, least = window, seconds
             elif seconds > _TOO_SLOW * least:
                 break
+        uniform = StepShape.uniform(num_slots, best_window)
         if not can_pack or bucket == 1:
-            return StepShape.uniform(num_slots, best)
+            return uniform
         budget = self._best_budget(bucket, tried, less_than=least, examines_all=examines_all)
         if budget is None:
-            return StepShape.uniform(num_slots, best)
+            return uniform
         rows = math.ceil(budget.num_rows * num_slots / bucket)
         return StepShape(window=budget.window, num_rows=rows)
 
@@ -170,7 +175,7 @@ class StepCosts:
         that is best by that is measured itself.
         """
         found, steps_of = None, {}
-        least = less_than
+        least = less_than = _LEAST_GAIN * less_than
         for shape, steps in _budgets(num_slots, examines_all=examines_all):
             cost = _between(tried, shape.num_rows)
             if cost is not None and cost * steps < least:
@@ -204,8 +209,9 @@ def _between(known: dict[int, float], rows: int) -> float | None:
 class MeasuredCosts(StepCosts):
     """The costs of a model on its device, kept from run to run.
 
-    They are in ``$XDG_CACHE_HOME/mara_fast/step_costs.json`` (``~/.cache/...``), by device, model
-    and versions.
+    They are in ``$XDG_CACHE_HOME/mara_fast/step_costs.json`` (``~/.cache/...``), by device, model,
+    kernels and versions. Steps that are to be compiled are measured as they are: compiling takes a
+    minute per shape, and which shape is best is known before.
 
     Args:
         lm: the language model.
@@ -215,24 +221,23 @@ class MeasuredCosts(StepCosts):
 
     def __init__(self, lm: FrozenLM, capture: Capture | None, *, with_head: bool) -> None:
         self._key = _key(lm, capture, with_head)
-        super().__init__(lambda *place: _measure(lm, capture, with_head, *place), _read(self._key))
 
-    def best_shape(
-        self,
-        num_slots: int,
-        *,
-        examines_all: bool,
-        leaves_out: bool = False,
-        can_pack: bool = False,
-    ) -> StepShape:
-        """See :meth:`StepCosts.best_shape`."""
-        before = self.num_measured
-        best = super().best_shape(
-            num_slots, examines_all=examines_all, leaves_out=leaves_out, can_pack=can_pack
+        def of_all(value: Any) -> Any:
+            # Processes that share a model must choose alike.
+            return told_by_first(value) if lm.is_sharded else value
+
+        super().__init__(
+            lambda *place: of_all(_measure(lm, capture, with_head, *place)),
+            of_all(_read(self._key)),
         )
-        if self.num_measured > before:
+
+    def of(self, num_slots: int, shape: StepShape) -> float:
+        """Seconds of a step; what is new is kept for other runs."""
+        is_new = (num_slots, shape) not in self.known
+        seconds = super().of(num_slots, shape)
+        if is_new:
             _write(self._key, self.known)
-        return best
+        return seconds
 
 
 @torch.inference_mode()
@@ -244,13 +249,12 @@ def _measure(
     cache.select(slice(0, num_slots), base=_CONTEXT)
     length = torch.full((num_slots,), _CONTEXT, device=device)
     ids = torch.zeros(num_slots, window, dtype=torch.int64, device=device)
-    # Allocates the cache, which a compiled step must find in place.
-    first = NewRows(lengths=length, tree=chain(1, device), base=_CONTEXT)
-    lm.hidden_states(
-        ids[:, :1], positions=length[:, None] - 1, cache=cache, context=TreeContext(rows=first)
-    )
-    rows = NewRows(lengths=length, tree=siblings(window, device), base=_CONTEXT)
+    # The last that a model of as many positions has; which one costs nothing.
     positions = (length - 1)[:, None].expand_as(ids)
+    # Allocates the cache, which a captured step must find in place.
+    first = TreeContext(rows=NewRows(lengths=length, tree=chain(1, device), base=_CONTEXT))
+    lm.hidden_states(ids[:, :1], positions=positions[:, :1], cache=cache, context=first)
+    rows = NewRows(lengths=length, tree=siblings(window, device), base=_CONTEXT)
     is_packed = shape != StepShape.uniform(num_slots, window)
     # Whose rows they are makes no difference.
     offset = torch.zeros_like(length)
@@ -265,18 +269,23 @@ def _measure(
             new_positions = positions[packing.slot, packing.column][None]
         cache.select(slice(0, num_slots), base=_CONTEXT, packing=packing)
         context = TreeContext(rows=rows, packing=packing)
-        hidden = lm.hidden_states(new_ids, positions=new_positions, cache=cache, context=context)
+        hidden = lm.hidden_states(
+            new_ids, positions=new_positions, cache=cache, context=context, compiled=False
+        )
         if with_head:
             lm.logits(hidden.flatten(0, 1)[:num_slots])
 
-    # Loads and compiles what a capture needs.
-    forward()
+    try:
+        # Loads and compiles what a capture needs.
+        forward()
+    except torch.OutOfMemoryError:
+        return math.inf
     call: Callable[[], None] = forward
     if capture is not None:
         try:
             call = capture(forward)
-        except RuntimeError:
-            call = forward
+        except RuntimeError as error:
+            _logger.info("%s slots of %s are measured eagerly: %s", num_slots, shape, error)
     return statistics.median(_seconds(call, device) for _ in range(_ROUNDS))
 
 
@@ -296,10 +305,14 @@ def _key(lm: FrozenLM, capture: Capture | None, with_head: bool) -> str:
     if device.type == "cuda":
         place = torch.cuda.get_device_name(device)
     config = lm.config
-    sizes = (config.hidden_size, config.num_hidden_layers, lm.vocab_size, lm.row_bytes)
-    how = ("captured" if capture else "eager") + (" compiled" if lm.is_compiled else "")
-    how += " with head" if with_head else ""
-    return f"{place} | torch {torch.__version__} | {lm.name} {sizes} {lm.model.dtype} | {how}"
+    num_bytes = sum(parameter.nbytes for parameter in lm.model.parameters())
+    sizes = (config.hidden_size, config.num_hidden_layers, lm.vocab_size, lm.row_bytes, num_bytes)
+    how = f"{'captured' if capture else 'eager'} {lm.attention}" + (
+        " with head" if with_head else ""
+    )
+    kernels = os.environ.get(dispatch.VARIABLE, "")
+    versions = " ".join(f"{m.__name__} {m.__version__}" for m in (mara_fast, torch, transformers))
+    return f"{place} | {versions} {kernels} | {lm.name} {sizes} {lm.model.dtype} | {how}"
 
 
 def _cache_path() -> Path:
@@ -320,7 +333,9 @@ def _read(key: str) -> dict[tuple[int, StepShape], float]:
     try:
         for place, seconds in _read_all().get(key, {}).items():
             num_slots, window, num_rows = map(int, place.split())
-            known[num_slots, StepShape(window=window, num_rows=num_rows)] = float(seconds)
+            if not 0 < seconds < math.inf:
+                return {}
+            known[num_slots, StepShape(window=window, num_rows=num_rows)] = seconds
     # Somebody else's, or damaged: measured anew.
     except (AttributeError, TypeError, ValueError):
         return {}
@@ -333,6 +348,7 @@ def _write(key: str, known: dict[tuple[int, StepShape], float]) -> None:
     plain = {
         f"{slots} {shape.window} {shape.num_rows}": seconds
         for (slots, shape), seconds in known.items()
+        if math.isfinite(seconds)
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

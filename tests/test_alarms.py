@@ -393,7 +393,7 @@ def test_one_prompt_says_it_after_its_text(strict: Engine) -> None:
     assert run("Hi", *tokens, "--stats")[1:] == [alarm]
     assert run("Hi", *tokens, "--max-fallback-rate", "1") == []
     [budget] = run("Hi", *tokens, "--max-fallback-rate", "1", "--kl-budget", "0")
-    assert "nats per token away" in budget
+    assert "nats per token likelier" in budget
 
 
 def test_empty_answers_are_quiet() -> None:

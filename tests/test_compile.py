@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import mara_fast.attention
+import mara_fast.language_model
 import mara_fast.window
 from architectures import ARCHITECTURES, OTHER_ARCHITECTURES, random_prompt
 from exactness import FixedBudget, check_exact, random_agent
@@ -72,14 +73,28 @@ def test_a_packed_step_is_one_graph_too(name: str) -> None:
     assert engine.lm.can_pack and not torch._dynamo.utils.counters["graph_break"]
 
 
-def test_an_automatic_window_is_measured_compiled(
+def test_shapes_are_not_compiled_to_be_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(mara_fast.window, "WINDOWS", (1, 2))
     engine = compiled(ARCHITECTURES["llama"]())
+    torch._dynamo.utils.counters.clear()
     check_exact(engine, prompts_for(engine)[:1], max_new_tokens=4)
-    assert "compiled" in (tmp_path / "mara_fast/step_costs.json").read_text()
+    assert (tmp_path / "mara_fast/step_costs.json").read_text()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_more_shapes_than_may_be_compiled_run_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(mara_fast.language_model, "_MOST_GRAPHS", 2)
+    engine = compiled(ARCHITECTURES["llama"]())
+    for window in (1, 2, 3, 4, 5):
+        check_exact(engine, prompts_for(engine)[:1], max_new_tokens=4, window=window)
+    [said] = [one.message for one in caplog.records if one.name.startswith("mara_fast")]
+    assert said.startswith("LlamaForCausalLM: 2 shapes of steps are compiled")
+    assert sum("recompile_limit" in record.message for record in caplog.records) == 1
 
 
 def test_graphs_are_kept_between_runs() -> None:

@@ -12,6 +12,7 @@ from exactness import check_exact, random_agent
 from mara_fast import Engine
 from mara_fast.decoder import Decoder
 from mara_fast.memory import free_memory, plan_pools, slot_bytes
+from mara_fast.prompts import PromptError
 
 LENGTHS = (3, 90, 7, 200, 12, 5, 30, 150, 2)
 
@@ -95,7 +96,7 @@ def test_plans() -> None:
     assert plan([64] * 9, 4 * 65) == [(list(range(9)), 4, 64)]
     assert plan([64] * 9, 3 * 65) == [(list(range(9)), 3, 64)]
     assert plan([], 0) == []
-    with pytest.raises(ValueError, match=re.escape("prompt 1 needs 65 positions, 1.29e-07 GB")):
+    with pytest.raises(PromptError, match=re.escape("prompt 1 needs 65 positions, 1.29e-07 GB")):
         plan([3, 65], 128)
 
 

@@ -1,6 +1,7 @@
 """Properties of the step itself: nothing read on the host, NaN contained, mutations noticed."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -167,6 +168,38 @@ def test_nan_ends_its_own_sequence_only() -> None:
         assert "position 3 " in bad.error and "logits are NaN" in bad.error
         assert [result.token_ids for result in results] == [r.token_ids for r in before]
         assert all(result.error is None for result in results)
+
+
+def test_nan_stays_out_of_a_slot_that_another_takes() -> None:
+    """A slot that has ended idles beside one whose token is NaN, and then takes a prompt."""
+    model = ARCHITECTURES["llama"]()
+    prompts = [random_prompt(model, 12), *(random_prompt(model, 3, seed=s) for s in range(30))]
+    plain = Engine(model, False, max_batch_size=32)
+    answers = [r.token_ids for r in plain.generate(prompts, max_new_tokens=6, ignore_eos=True)]
+    long, *others = range(len(prompts))
+
+    def met(*indices: int) -> set[int]:
+        return set().union(*(prompts[i] + answers[i] for i in indices))
+
+    # What ends the one, and what spoils the other, is met by nobody else.
+    ended, spoilt, innocent = next(
+        (a, x, c)
+        for a, x, c in itertools.permutations(others, 3)
+        if not {answers[a][0], answers[x][0]} & (met(long, c) | {*prompts[a], *prompts[x]})
+        and answers[a][0] != answers[x][0]
+    )
+    engine = Engine(model, random_agent(48), max_batch_size=3)
+    assert engine.lm.can_pack
+    model.get_input_embeddings().weight[answers[spoilt][0]] = torch.nan
+    results = engine.generate(
+        [prompts[i] for i in (long, ended, spoilt, innocent)],
+        max_new_tokens=6,
+        top_k=1,
+        eos_token_id=answers[ended][0],
+        window=1,
+    )
+    assert [r.finish_reason for r in results] == ["length", "eos", "error", "length"]
+    assert [results[0].token_ids, results[3].token_ids] == [answers[long], answers[innocent]]
 
 
 def test_nan_accept_logit_names_the_position() -> None:

@@ -1,13 +1,16 @@
 """The automatic shape of a step: a cost measured once, and what is cheapest by it."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import mara_fast.decoder
+import mara_fast.language_model
 import mara_fast.window
 from architectures import ARCHITECTURES, random_prompt
 from exactness import check_exact, random_agent
@@ -93,7 +96,7 @@ def test_only_what_matters_is_measured_and_once() -> None:
         assert costs.best_shape(num_slots, examines_all=False).window == 1
     # By powers of two, and no wider ones once a window is far too slow.
     assert asked == [(4, 2)] or asked == [(4, 2), (4, 3)]
-    assert costs.num_measured == len(asked)
+    assert len(costs.known) == 1 + len(asked)
 
 
 @pytest.fixture
@@ -118,7 +121,9 @@ def test_measured_once_and_kept(capture: Any, cache: Path, monkeypatch: pytest.M
     )
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"KEY": 3}', '{"KEY": {"2 1": 1}}', "{"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"KEY": 3}', '{"KEY": {"2 1": 1}}', "{", '{"KEY": {"2 1 2": NaN}}']
+)
 def test_what_is_damaged_is_measured_anew(content: str, cache: Path) -> None:
     lm = Engine(ARCHITECTURES["llama"](), False).lm
     cache.parent.mkdir(parents=True)
@@ -126,6 +131,69 @@ def test_what_is_damaged_is_measured_anew(content: str, cache: Path) -> None:
     costs = MeasuredCosts(lm, None, with_head=False)
     assert not costs.known and costs.best_shape(1, examines_all=True).window in WINDOWS
     assert json.loads(cache.read_text())
+
+
+def test_costs_are_of_the_way_that_steps_run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ARCHITECTURES["llama"]()
+    keys = {
+        mara_fast.window._key(Engine(model, False, attention=attention).lm, None, with_head)
+        for attention in ("stock", "candidate")
+        for with_head in (False, True)
+    }
+    monkeypatch.setenv("MARA_KERNELS", "attention=torch")
+    keys.add(mara_fast.window._key(Engine(model, False).lm, None, True))
+    assert len(keys) == 5
+
+
+def test_processes_that_share_a_model_choose_alike(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What process 0 read and measured holds; processes with a model each ask nobody."""
+    lm = Engine(ARCHITECTURES["llama"](), False).lm
+    theirs = {(1, StepShape.uniform(1, 1)): 7.0}
+    monkeypatch.setattr(mara_fast.window, "told_by_first", lambda value: pytest.fail("asked"))
+    alone = MeasuredCosts(lm, None, with_head=False)
+    assert alone.of(1, StepShape.uniform(1, 1)) < 7 and not {7.0} & set(alone.known.values())
+    monkeypatch.setattr(
+        mara_fast.window, "told_by_first", lambda v: theirs if isinstance(v, dict) else 5.0
+    )
+    monkeypatch.setattr(mara_fast.language_model, "of_first", lambda hidden: hidden)
+    monkeypatch.setattr(lm, "is_sharded", True)
+    costs = MeasuredCosts(lm, None, with_head=False)
+    assert costs.known == theirs and costs.of(1, StepShape.uniform(1, 2)) == 5
+
+
+def test_memory_that_does_not_suffice_is_no_choice(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = Engine(ARCHITECTURES["llama"](), False).lm
+    forward = lm.hidden_states
+
+    def limited(ids: torch.Tensor, **others: Any) -> torch.Tensor:
+        if ids.numel() > 4:
+            raise torch.OutOfMemoryError("so many rows")
+        return forward(ids, **others)
+
+    monkeypatch.setattr(lm, "hidden_states", limited)
+    costs = MeasuredCosts(lm, None, with_head=False)
+    assert costs.best_shape(2, examines_all=True).num_rows <= 4
+    [seconds] = json.loads(cache.read_text()).values()
+    assert set(seconds) <= {"2 1 2", "2 2 4"}
+
+
+def test_noise_is_no_gain() -> None:
+    rng = random.Random(0)
+    costs = StepCosts(lambda slots, shape: max(1.0, shape.num_rows / 160) * rng.uniform(0.99, 1.0))
+    found = [costs.best_shape(slots, examines_all=True).window for slots in (1, 2, 4, 8)]
+    assert found == [10] * 4
+
+
+def test_a_step_of_a_cpu_forwards_what_was_handed_out() -> None:
+    """Dear rows: a wide window does not pay where all are padded to it, and does where not."""
+    costs = by_rows(lambda rows: 4.0 + rows)
+    padded = costs.best_shape(4, examines_all=True, leaves_out=True).window
+    packed = costs.best_shape(4, examines_all=True, leaves_out=True, can_pack=True)
+    assert packed.window > padded
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(

@@ -36,6 +36,7 @@ def cascade_case(
             "held": Held.empty(num_slots, device),
             "sequence": draw(1000),
             "position": draw(1000),
+            "count": torch.full((num_slots,), window, device=device),
         }
 
     def by(body: Callable[..., Decision]) -> Callable[..., Decision]:

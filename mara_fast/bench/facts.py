@@ -31,7 +31,7 @@ def facts_of(device: torch.device, dtype: torch.dtype, *packages: str) -> dict[s
 def facts(hardware: str, *packages: str) -> dict[str, Any]:
     """The head of any report."""
     return {
-        "command": shlex.join(_command(sys.argv)),
+        "command": shlex.join(_command()),
         "date": date.today().isoformat(),
         "hardware": hardware,
         "versions": {"mara-fast": mara_fast.__version__}
@@ -40,9 +40,12 @@ def facts(hardware: str, *packages: str) -> dict[str, Any]:
     }
 
 
-def _command(arguments: list[str]) -> list[str]:
+def _command() -> list[str]:
     """As it is typed; an installed command without the folder that it lies in."""
-    program, *rest = arguments
+    program, *rest = sys.argv
+    module = sys.modules["__main__"].__spec__
+    if module is not None:
+        return ["python", "-m", module.name.removesuffix(".__main__"), *rest]
     if not program.endswith(".py"):
         return [Path(program).name, *rest]
     return ["python", Path(program).name if Path(program).is_absolute() else program, *rest]

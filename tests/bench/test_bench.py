@@ -1,6 +1,9 @@
 """``mara-fast bench``: systems that decode what they should, figures, targets, mistakes."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -229,4 +232,20 @@ def test_a_report_names_no_folder_of_the_machine(
     arguments: list[str], command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
     assert facts.facts("a machine")["command"] == command
+
+
+def test_a_report_names_the_module_that_was_run(tmp_path: Path) -> None:
+    (tmp_path / "named.py").write_text(
+        "from mara_fast.bench.facts import facts; print(facts('x')['command'])"
+    )
+    paths = [str(tmp_path), *filter(None, sys.path)]
+    found = subprocess.run(
+        [sys.executable, "-m", "named", "--seed", "1"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+    )
+    assert found.stdout == "python -m named --seed 1\n"

@@ -46,12 +46,12 @@ def arguments(
         torch.randn(NUM_SLOTS, generator=generator),
         -torch.rand(NUM_SLOTS, generator=generator),
     )
-    ragged = {}
+    count = torch.full((NUM_SLOTS,), window)
     if is_ragged:
         count = torch.randint(-1, window + 2, (NUM_SLOTS,), generator=generator)
         d[torch.arange(window) >= count[:, None]] = torch.nan
-        ragged["count"] = count.to(device)
-    return d.to(device), ragged | {
+    return d.to(device), {
+        "count": count.to(device),
         "offset": offset.to(device),
         "size": size.to(device),
         "held": Held(*(tensor.to(device) for tensor in held)),
@@ -121,6 +121,7 @@ def test_draws_are_those_of_philox(device: torch.device) -> None:
                     rule=CascadeRule(acceptance="sample", seed=seed),
                     sequence=torch.full((1,), sequence, device=device),
                     position=torch.full((1,), position, device=device),
+                    count=torch.full((1,), rank + 1, device=device),
                 )
                 assert bool(decision.held.accepted) == expected
 
@@ -143,6 +144,7 @@ def test_selection_distribution_in_float64(device: torch.device, run_twice: Call
         rule=CascadeRule(strategy="max_prob"),
         sequence=zero,
         position=zero,
+        count=zero + 40,
     )
     found = run_twice(body)
     torch.testing.assert_close(found.log_prob.double().cpu(), expected, rtol=3e-6, atol=1e-7)
@@ -164,6 +166,7 @@ def test_certain_candidates_do_not_cancel(device: torch.device) -> None:
         "rule": CascadeRule(fallback="first"),
         "sequence": zero,
         "position": zero,
+        "count": zero + 3,
     }
     check_equal(kernel.cascade_triton(d, **others), cascade_torch(d, **others))
 

@@ -63,8 +63,9 @@ def cascade(
         ("position", position),
     ):
         check_tensor(name, tensor, (num_slots,), torch.int64)
-    if count is not None:
-        check_tensor("count", count, (num_slots,), torch.int64)
+    if count is None:
+        count = torch.full_like(size, accept_logit_BW.shape[1])
+    check_tensor("count", count, (num_slots,), torch.int64)
     check_tensor("held.accepted", held.accepted, (num_slots,), torch.bool)
     check_tensor("held.preference", held.preference, (num_slots,), torch.float32)
     check_tensor("held.log_residual", held.log_residual, (num_slots,), torch.float32)

@@ -37,7 +37,7 @@ def decide(
     log_residual_ptr,  # float32 [B]
     sequence_ptr,  # int64 [B]
     position_ptr,  # int64 [B]
-    count_ptr,  # int64 [B], read if RAGGED
+    count_ptr,  # int64 [B]
     row_ptr,  # int64 [B]
     decided_ptr,  # bool [B]
     invalid_ptr,  # bool [B]
@@ -54,16 +54,13 @@ def decide(
     STRATEGY: tl.constexpr,
     FALLBACK: tl.constexpr,
     ORDER: tl.constexpr,
-    RAGGED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     slot = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     in_window = column < window
-    width = window
-    if RAGGED:
-        count = tl.load(count_ptr + slot).to(tl.int32)
-        width = tl.minimum(tl.maximum(count, 0), window)
+    count = tl.load(count_ptr + slot).to(tl.int32)
+    width = tl.minimum(tl.maximum(count, 0), window)
     has_row = column < width
     d = tl.load(logit_ptr + slot * logit_stride + column, mask=has_row, other=0.0)
     offset = tl.load(offset_ptr + slot).to(tl.int32)
@@ -166,7 +163,7 @@ def cascade_triton(
     rule: CascadeRule,
     sequence: Tensor,
     position: Tensor,
-    count: Tensor | None = None,
+    count: Tensor,
 ) -> Decision:
     """The launch; arguments as those of the operation."""
     num_slots, window = accept_logit_BW.shape
@@ -196,7 +193,7 @@ def cascade_triton(
         *(tensor.contiguous() for tensor in held),
         sequence.contiguous(),
         position.contiguous(),
-        offset if count is None else count.contiguous(),
+        count.contiguous(),
         decision.row,
         decision.decided,
         decision.invalid,
@@ -211,7 +208,6 @@ def cascade_triton(
         STRATEGY=rule.strategy,
         FALLBACK=rule.fallback,
         ORDER=rule.order,
-        RAGGED=count is not None,
         BLOCK=max(2, triton.next_power_of_2(window)),
         num_warps=1,
     )

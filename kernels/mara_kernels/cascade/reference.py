@@ -124,14 +124,14 @@ def cascade(
     rule: CascadeRule,
     sequence: Tensor,
     position: Tensor,
-    count: Tensor | None = None,
+    count: Tensor,
 ) -> Decision:
     """Decides a window of candidates per slot; arguments as those of the operation."""
     d = accept_logit_BW
     num_slots, window = d.shape
     column = torch.arange(window, device=d.device)
     tried = offset[:, None] + column
-    end = offset + (window if count is None else count.clamp(0, window))
+    end = offset + count.clamp(0, window)
     inside = tried < torch.minimum(size, end)[:, None]
     rank = rank_of_tried(tried, size[:, None], rule.order)
     forced = size == 1
