@@ -2,9 +2,9 @@
 
     python benchmarks/paper/baselines.py {dpo|rloo|aligner} --lm tiny --output DIR --seed 0
 
-    value    = reward model - cost model                          (Eq. 8, weights 1 and -1)
-    dpo      sampled answers to an instruction; chosen = highest value, rejected = lowest
-    rloo     RLHF on policy: value - beta * log(policy / base), leave-one-out advantages
+    r        = reward model - cost model                          (Eq. 13, weights 1 and 1)
+    dpo      sampled answers to an instruction; chosen = highest r, rejected = lowest
+    rloo     RLHF on policy: r - beta * log(policy / base), leave-one-out advantages
     aligner  a model that edits: question, answer -> best of the sampled answers (Ji et al. 2024)
 
 The trainers are TRL's (DPOTrainer, RLOOTrainer, SFTTrainer), and only train instructions are used.
@@ -66,9 +66,9 @@ from train_data import (
     chat,
     corrections,
     preference_pairs,
+    reward_minus_cost,
     sample_pools,
-    train_questions,
-    value_model,
+    train_instructions,
 )
 
 from mara_fast.commands import clear_errors
@@ -221,9 +221,9 @@ def train_rloo(
     config = config or RlooConfig()
     questions = _begin(lm, output, prompts=prompts)
     model, tokenizer = _load(lm)
-    rewards = value_model()
+    rewards = reward_minus_cost()
 
-    def value(prompts: Any, completions: Any, **_: Any) -> list[float]:
+    def total(prompts: Any, completions: Any, **_: Any) -> list[float]:
         return rewards.score(prompts, completions).total.tolist()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -241,7 +241,7 @@ def train_rloo(
         )
         RLOOTrainer(
             model,
-            reward_funcs=value,
+            reward_funcs=total,
             args=arguments,
             train_dataset=Dataset.from_list([{"prompt": chat("user", q)} for q in questions]),
             processing_class=tokenizer,
@@ -307,7 +307,7 @@ def train_aligner(
 
 def _begin(lm: str | Path, output: Path, *, prompts: str) -> list[str]:
     """Checks all that can be wrong before any work; the train instructions of this kind."""
-    questions = train_questions(prompts)
+    questions = train_instructions(prompts)
     if lm != TINY and not (Path(lm) / "config.json").is_file():
         raise FileNotFoundError(f"lm={str(lm)!r} is no folder of a model; give one, or {TINY!r}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):

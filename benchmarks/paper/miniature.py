@@ -11,6 +11,7 @@ do is not to be read off it; whether the claims hold where all can be checked, i
 
 import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -198,7 +199,7 @@ def _ranks(evaluation: Evaluation) -> Figure:
         title="Accepted ranks",
         caption="Of all acceptances, by the candidate's probability rank, over a grid of top-k and "
         "top-p (the paper's Figure 3).",
-        svg=_svg(figure),
+        svg=_svg(figure, "Accepted ranks"),
     )
 
 
@@ -228,7 +229,7 @@ def _frontier(trained: Evaluation, dials: Evaluation) -> Figure:
         caption="Rates over the language model's own answers to the mixed prompts: agents trained "
         "for a ratio of reward to cost (the paper's Table 5), and what decoding alone reaches by a "
         "threshold, or by a mixture of the agents of 1:0 and 0:1 (labels: weight of the first).",
-        svg=_svg(figure),
+        svg=_svg(figure, "Helpful against harmless"),
     )
 
 
@@ -247,7 +248,7 @@ def _axes(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _svg(figure: Any) -> str:
+def _svg(figure: Any, label: str) -> str:
     import matplotlib as mpl
 
     for text in figure.findobj(mpl.text.Text):
@@ -258,9 +259,13 @@ def _svg(figure: Any) -> str:
             spine.set_edgecolor(_INK)
     file = io.StringIO()
     # The same bytes from the same figures: no date, no random ids.
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": NAME}):
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return "<svg" + file.getvalue().partition("<svg")[2].replace(_INK, "currentColor")
+    svg = file.getvalue().partition("<svg")[2].replace(_INK, "currentColor")
+    # Two figures are in one page: only names that something refers to stay.
+    named = set(re.findall(r"#([\w.-]+)", svg))
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in named else "", svg)
+    return f'<svg role="img" aria-label="{label}"{svg}'
 
 
 def write(found: Sequence[Evaluation], drawn: Sequence[Figure], output: Path) -> None:

@@ -1,6 +1,6 @@
 """What the fine-tuned baselines learn from: the base model's own answers, judged and ordered.
 
-train_questions   train instructions of a kind; held-out ones are never seen
+train_instructions   train instructions of a kind; held-out ones are never seen
 sample_pools      sampled answers to each, the best first by reward model - cost model
 preference_pairs  the best and the worst of a pool, for DPO
 corrections       question, answer -> the best of its pool, for the Aligner
@@ -35,11 +35,11 @@ class Pool:
     question: str
     answers: tuple[str, ...]
     """Sampled from the base model; those that did not end are left out."""
-    values: tuple[float, ...]
+    rewards: tuple[float, ...]
     """Reward minus cost of each."""
 
 
-def train_questions(prompts: str) -> list[str]:
+def train_instructions(prompts: str) -> list[str]:
     """The train instructions of a kind: mixed, benign or harmful ones.
 
     Raises:
@@ -56,8 +56,8 @@ def train_questions(prompts: str) -> list[str]:
     ]
 
 
-def value_model() -> Rewards:
-    """Reward minus cost, of the embedded models (Eq. 8)."""
+def reward_minus_cost() -> Rewards:
+    """Of the embedded models (Eq. 13)."""
     paths = [str(REWARD_PATH), str(COST_PATH)]
     return Rewards(paths, (1.0, -1.0), batch_size=SCORE_BATCH_SIZE, device="cpu")
 
@@ -75,18 +75,18 @@ def sample_pools(
     asked = [question for question in questions for _ in range(num_answers)]
     answers = answer(lm, asked, acceptance="sample", seed=seed)
     texts = [one.text or "" for one in answers]
-    values = value_model().score(asked, texts, progress=True).total.tolist()
+    rewards = reward_minus_cost().score(asked, texts, progress=True).total.tolist()
     pools = []
     for start in range(0, len(asked), num_answers):
         found = {
-            texts[place]: values[place]
+            texts[place]: rewards[place]
             for place in range(start, start + num_answers)
             if answers[place].finish_reason == "eos"
         }
         ordered = sorted(found.items(), key=lambda item: -item[1])
         if ordered:
-            best_first, their_values = zip(*ordered, strict=True)
-            pools.append(Pool(question=asked[start], answers=best_first, values=their_values))
+            best_first, their_rewards = zip(*ordered, strict=True)
+            pools.append(Pool(question=asked[start], answers=best_first, rewards=their_rewards))
     return pools
 
 
@@ -99,7 +99,7 @@ def preference_pairs(pools: Sequence[Pool]) -> list[dict[str, Any]]:
             "rejected": chat("assistant", pool.answers[-1]),
         }
         for pool in pools
-        if pool.values[0] > pool.values[-1]
+        if pool.rewards[0] > pool.rewards[-1]
     ]
 
 

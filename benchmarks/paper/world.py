@@ -11,7 +11,7 @@ and cost model are the embedded ones; nothing that is trained here sees a held-o
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -19,9 +19,10 @@ from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import torch
-from baselines import train_aligner, train_dpo, train_rloo
+from baselines import TRAININGS as BASELINES
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
-from train_data import Prompts, train_questions
+from train_data import Prompts, train_instructions
 
 from mara_fast.tiny import LM_PATH, lm
 from mara_train import MaraTrainer
@@ -36,11 +37,6 @@ UPSTREAMS: dict[str, lm.TinyConfig | None] = {
     "Mistral-S": lm.TinyConfig(seed=1, architecture="mistral", num_dialogues=16_000, num_threads=1),
 }
 """Language models by name: two sizes of one family, and another family."""
-BASELINES: dict[str, Callable[..., object]] = {
-    "rloo": train_rloo,
-    "dpo": train_dpo,
-    "aligner": train_aligner,
-}
 RATIOS = ("1:1", "1:0", "0:1", "2:1")
 PROMPTS: tuple[Prompts, ...] = ("mixed", "benign", "harmful")
 
@@ -96,7 +92,20 @@ def trainings() -> list[Training]:
 
 
 def train_all(world: Path, *, seed: int, num_processes: int = os.cpu_count() or 1) -> None:
-    """Trains what is missing, several at a time; each has a log beside its folder."""
+    """Trains what is missing, several at a time; each has a log beside its folder.
+
+    Raises:
+        RuntimeError: another run trains in this folder.
+    """
+    world.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(world / ".lock", timeout=0):
+            _train_missing(world, seed=seed, num_processes=num_processes)
+    except Timeout as error:
+        raise RuntimeError(f"another run trains in {world}: wait for it, or stop it") from error
+
+
+def _train_missing(world: Path, *, seed: int, num_processes: int) -> None:
     missing = [one for one in trainings() if not one.is_done(world)]
     done = len(trainings()) - len(missing)
     with (
@@ -167,5 +176,5 @@ def _train(training: Training, world: Path, folder: Path, *, seed: int) -> None:
         return
     reward, cost = map(float, training.ratio.split(":"))
     config = recipe(output_dir=str(folder), seed=seed, reward_weights=[reward, -cost])
-    asked = train_questions(training.prompts)
+    asked = train_instructions(training.prompts)
     MaraTrainer(str(upstream), reward_models(), config, train_dataset=asked).train()

@@ -116,17 +116,17 @@ def test_chosen_beats_rejected_by_reward_minus_cost(
 
 def test_a_pool_is_ordered_and_has_no_answer_twice(pools: list[Any]) -> None:
     for pool in pools:
-        assert list(pool.values) == sorted(pool.values, reverse=True)
-        assert len(set(pool.answers)) == len(pool.answers) == len(pool.values)
+        assert list(pool.rewards) == sorted(pool.rewards, reverse=True)
+        assert len(set(pool.answers)) == len(pool.answers) == len(pool.rewards)
 
 
 def test_one_answer_makes_no_pair(train_data: ModuleType) -> None:
-    pool = train_data.Pool(question="Why?", answers=("So.",), values=(1.0,))
+    pool = train_data.Pool(question="Why?", answers=("So.",), rewards=(1.0,))
     assert train_data.preference_pairs([pool]) == []
 
 
 def test_corrections_lead_to_the_best_answer(train_data: ModuleType) -> None:
-    pool = train_data.Pool(question="Why?", answers=("Best.", "Good.", "Bad."), values=(2.0, 1, 0))
+    pool = train_data.Pool(question="Why?", answers=("Best.", "Good.", "Bad."), rewards=(2.0, 1, 0))
     options = {"num_edited": 2, "seed": 0}
     rows = train_data.corrections([pool], ["Greedy."], identity_share=0.0, **options)
     assert {row["completion"] for row in rows} == {"Best.<|end|>"}
@@ -152,7 +152,7 @@ def test_the_template_comes_back_from_the_tokenizer(train_data: ModuleType) -> N
 
 @pytest.mark.parametrize("prompts", ["benign", "harmful", "mixed"])
 def test_instructions_are_of_the_kind_asked_for(train_data: ModuleType, prompts: str) -> None:
-    asked = set(train_data.train_questions(prompts))
+    asked = set(train_data.train_instructions(prompts))
     found = [one for one in instructions(split="train") if one.text in asked]
     kinds = {"benign": {False}, "harmful": {True}, "mixed": {False, True}}
     assert {one.harmful for one in found} == kinds[prompts]
