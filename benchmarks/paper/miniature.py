@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from train_data import TINY_ALIGNER_TEMPLATE
+from aligner import TINY_ALIGNER_TEMPLATE
 from world import EMBEDDED, PROMPTS, RATIOS, UPSTREAMS, Training, train_all
 
 from mara_fast.commands import clear_errors

@@ -6,7 +6,6 @@ preference_pairs  the best and the worst of a pool, for DPO
 corrections       question, answer -> the best of its pool, for the Aligner
 """
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,9 @@ from mara_fast import Engine, Generation
 from mara_fast.rewards import Rewards
 from mara_fast.tiny.grammar import instructions
 from mara_fast.tiny.reward_models import COST_PATH, REWARD_PATH
-from mara_fast.tiny.tokenizer import ASSISTANT, END, USER
 
 Prompts = Literal["mixed", "benign", "harmful"]
 
-TINY_ALIGNER_TEMPLATE = USER + "{question}" + USER + "{answer}" + ASSISTANT
-"""How the tiny Aligner reads what it edits; encoded as raw text, which puts one <|bos|> in front.
-Two turns of the user in a row are in no document of the corpus."""
 MAX_NEW_TOKENS = 96
 SCORE_BATCH_SIZE = 64
 _ENGINE_BATCH_SIZE = 128
@@ -88,53 +83,6 @@ def sample_pools(
             best_first, their_rewards = zip(*ordered, strict=True)
             pools.append(Pool(question=asked[start], answers=best_first, rewards=their_rewards))
     return pools
-
-
-def preference_pairs(pools: Sequence[Pool]) -> list[dict[str, Any]]:
-    """The best and the worst answer of every pool that has two, as TRL's conversational rows."""
-    return [
-        {
-            "prompt": chat("user", pool.question),
-            "chosen": chat("assistant", pool.answers[0]),
-            "rejected": chat("assistant", pool.answers[-1]),
-        }
-        for pool in pools
-        if pool.rewards[0] > pool.rewards[-1]
-    ]
-
-
-def corrections(
-    pools: Sequence[Pool],
-    greedy: Sequence[str],
-    *,
-    num_edited: int,
-    identity_share: float,
-    seed: int,
-) -> list[dict[str, str]]:
-    """Prompts of the Aligner and what it should answer, as TRL's rows.
-
-    Args:
-        pools: of which the best answer is the correction.
-        greedy: the base model's most probable answer to each.
-        num_edited: answers of a pool, drawn to be corrected; the greedy one is one more.
-        identity_share: of rows whose answer is the best already.
-        seed: of the draws.
-    """
-    rng = random.Random(seed)
-    rows = []
-    for pool, most_probable in zip(pools, greedy, strict=True):
-        drawn = rng.sample(pool.answers, min(num_edited, len(pool.answers)))
-        for edited in (most_probable, *drawn):
-            if rng.random() < identity_share:
-                edited = pool.answers[0]
-            prompt = aligner_prompt(pool.question, edited)
-            rows.append({"prompt": prompt, "completion": pool.answers[0] + END})
-    return rows
-
-
-def aligner_prompt(question: str, answer: str) -> str:
-    """The filled :data:`TINY_ALIGNER_TEMPLATE`."""
-    return TINY_ALIGNER_TEMPLATE.format(question=question, answer=answer)
 
 
 def chat(role: str, text: str) -> list[dict[str, str]]:

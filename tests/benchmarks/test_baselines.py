@@ -38,12 +38,14 @@ def _script(name: str) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def quick(baselines: ModuleType) -> dict[str, Any]:
+def quick() -> dict[str, Any]:
     """A few steps of each."""
     return {
-        "dpo": baselines.DpoConfig(num_instructions=8, batch_size=4, num_epochs=1, max_steps=2),
-        "rloo": baselines.RlooConfig(num_steps=2, batch_size=4, steps_per_generation=2),
-        "aligner": baselines.AlignerConfig(num_instructions=4, num_answers=3, max_steps=2),
+        "dpo": _script("dpo").DpoConfig(
+            num_instructions=8, batch_size=4, num_epochs=1, max_steps=2
+        ),
+        "rloo": _script("rloo").RlooConfig(num_steps=2, batch_size=4, steps_per_generation=2),
+        "aligner": _script("aligner").AlignerConfig(num_instructions=4, num_answers=3, max_steps=2),
     }
 
 
@@ -57,7 +59,7 @@ def _questions(num: int) -> list[str]:
 
 
 def _train(baselines: ModuleType, method: str, output: Path, **options: Any) -> None:
-    getattr(baselines, f"train_{method}")("tiny", output, **options)
+    baselines.TRAININGS[method]("tiny", output, **options)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -93,15 +95,13 @@ def test_a_training_repeats_byte_for_byte(
 
 def test_pairs_are_the_same_again(train_data: ModuleType, pools: list[Any]) -> None:
     again = train_data.sample_pools("tiny", _questions(6), num_answers=4, seed=3)
-    assert train_data.preference_pairs(again) == train_data.preference_pairs(pools)
+    assert _script("dpo").preference_pairs(again) == _script("dpo").preference_pairs(pools)
     other = train_data.sample_pools("tiny", _questions(6), num_answers=4, seed=4)
-    assert train_data.preference_pairs(other) != train_data.preference_pairs(pools)
+    assert _script("dpo").preference_pairs(other) != _script("dpo").preference_pairs(pools)
 
 
-def test_chosen_beats_rejected_by_reward_minus_cost(
-    train_data: ModuleType, pools: list[Any]
-) -> None:
-    pairs = train_data.preference_pairs(pools)
+def test_chosen_beats_rejected_by_reward_minus_cost(pools: list[Any]) -> None:
+    pairs = _script("dpo").preference_pairs(pools)
     assert len(pairs) >= 4
     asked = [pair["prompt"][0]["content"] for pair in pairs]
     assert set(asked) <= set(_questions(6))
@@ -122,25 +122,25 @@ def test_a_pool_is_ordered_and_has_no_answer_twice(pools: list[Any]) -> None:
 
 def test_one_answer_makes_no_pair(train_data: ModuleType) -> None:
     pool = train_data.Pool(question="Why?", answers=("So.",), rewards=(1.0,))
-    assert train_data.preference_pairs([pool]) == []
+    assert _script("dpo").preference_pairs([pool]) == []
 
 
 def test_corrections_lead_to_the_best_answer(train_data: ModuleType) -> None:
     pool = train_data.Pool(question="Why?", answers=("Best.", "Good.", "Bad."), rewards=(2.0, 1, 0))
     options = {"num_edited": 2, "seed": 0}
-    rows = train_data.corrections([pool], ["Greedy."], identity_share=0.0, **options)
+    rows = _script("aligner").corrections([pool], ["Greedy."], identity_share=0.0, **options)
     assert {row["completion"] for row in rows} == {"Best.<|end|>"}
     assert rows[0]["prompt"] == "<|user|>Why?<|user|>Greedy.<|assistant|>"
     assert len(rows) == len({row["prompt"] for row in rows}) == 3
-    for row in train_data.corrections([pool], ["Greedy."], identity_share=1.0, **options):
+    for row in _script("aligner").corrections([pool], ["Greedy."], identity_share=1.0, **options):
         assert row["prompt"] == "<|user|>Why?<|user|>Best.<|assistant|>"
 
 
-def test_the_template_comes_back_from_the_tokenizer(train_data: ModuleType) -> None:
+def test_the_template_comes_back_from_the_tokenizer() -> None:
     """As an evaluation encodes it, and as the chat template writes the same places."""
-    SystemSpec(corrects="base", template=train_data.TINY_ALIGNER_TEMPLATE)
+    SystemSpec(corrects="base", template=_script("aligner").TINY_ALIGNER_TEMPLATE)
     tokenizer = tiny.load()[1]
-    text = train_data.aligner_prompt("How do I {sing}?", "Like {answer} this.")
+    text = _script("aligner").aligner_prompt("How do I {sing}?", "Like {answer} this.")
     ids = tokenizer(text).input_ids
     assert ids.count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(ids[1:]) == text
@@ -163,7 +163,7 @@ def test_instructions_are_of_the_kind_asked_for(train_data: ModuleType, prompts:
 def test_what_is_wrong_is_said_before_any_work(
     baselines: ModuleType, method: str, tmp_path: Path
 ) -> None:
-    train = getattr(baselines, f"train_{method}")
+    train = baselines.TRAININGS[method]
     with pytest.raises(ValueError, match=r"prompts='rude' is not known; allowed: mixed"):
         train("tiny", tmp_path / "new", prompts="rude", seed=0)
     with pytest.raises(FileNotFoundError, match="no-such-lm"):
@@ -204,7 +204,7 @@ def test_dpo_is_preferred_over_the_base_models_greedy_answers(
 ) -> None:
     from mara_train.tiny import Judge, recipe
 
-    baselines.train_dpo("tiny", tmp_path / "dpo", prompts="mixed", seed=0)
+    baselines.TRAININGS["dpo"]("tiny", tmp_path / "dpo", prompts="mixed", seed=0)
     judge = Judge(recipe(output_dir=str(tmp_path)))
     engine = Engine(str(tmp_path / "dpo"), False, max_batch_size=64)
     judgement = judge.of(engine.generate(judge.prompts, judge.decoding))

@@ -19,7 +19,7 @@ FOLDER = Path(__file__).parents[2] / "benchmarks/paper"
 def modules(monkeypatch: pytest.MonkeyPatch) -> Any:
     """benchmarks/paper/miniature.py and world.py, which import each other as scripts do."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    for name in ("train_data", "baselines", "world", "miniature"):
+    for name in (path.stem for path in FOLDER.glob("*.py")):
         monkeypatch.delitem(sys.modules, name, raising=False)
     import miniature
     import world
