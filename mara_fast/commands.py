@@ -49,7 +49,7 @@ def clear_errors() -> Iterator[None]:
     except Exception as error:
         notes = getattr(error, "__notes__", ())
         # An error of a user's function has a note that says so; any other kind is our mistake.
-        if not notes and not isinstance(error, ValueError | OSError | RuntimeError):
+        if not notes and not isinstance(error, ValueError | OSError | RuntimeError | ImportError):
             raise
         text = f"{type(error).__name__}: {error}" if notes else str(error)
         typer.secho("\n  ".join((f"mara-fast: {text}", *notes)), fg="red", err=True)

@@ -31,16 +31,18 @@ def from_yaml(text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """PyYAML's, with other floats."""
+        """PyYAML's, with other floats, and every key of a mapping once."""
 
-    def unique(loader: Loader, node: yaml.MappingNode) -> Any:
-        names = [loader.construct_object(key) for key, _ in node.value]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"{name} is given twice")
-        return loader.construct_mapping(node, deep=True)
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            assert node is not None
+            # Here keys are those of the text: later on `<<` adds what they override.
+            names = [(key.tag, key.value) for key, _ in node.value]
+            for tag, name in names:
+                if names.count((tag, name)) > 1:
+                    raise ValueError(f"{name} is given twice")
+            return node
 
-    Loader.add_constructor("tag:yaml.org,2002:map", unique)
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
