@@ -41,7 +41,9 @@ def outcomes(ours: Tensor, theirs: Tensor, weights: Sequence[float]) -> Tensor:
         )
     if not ours.shape[1]:
         raise ValueError("there are no prompts to compare the answers of")
-    sign = torch.tensor([float((w > 0) - (w < 0)) for w in weights], dtype=ours.dtype)
+    sign = torch.tensor([float((w > 0) - (w < 0)) for w in weights], dtype=ours.dtype).to(
+        ours.device
+    )
     difference = ((ours - theirs) * sign[:, None])[sign != 0]  # [R counted, N]
     abstains = difference.isnan()
     is_judged = ~abstains.all(0)

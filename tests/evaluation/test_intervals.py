@@ -1,6 +1,8 @@
 """Intervals and the sign test against what they are defined by."""
 
 import itertools
+import math
+import time
 
 import numpy as np
 import pytest
@@ -39,5 +41,11 @@ def test_the_sign_test_counts_all_outcomes(won: int, lost: int) -> None:
 
 
 def test_the_sign_test_of_many_pairs() -> None:
+    exact = 2 * sum(math.comb(301, k) for k in range(131)) / 2**301
+    assert sign_test(171, 130) == sign_test(130, 171) == exact
+    start = time.perf_counter()
+    assert 0 < sign_test(10_100, 9_900) < 1
+    # By math.comb for each it takes most of a minute.
+    assert time.perf_counter() - start < 5
     assert 0 < sign_test(1200, 800) < 1e-15
     assert sign_test(1000, 1000) == 1
