@@ -8,7 +8,7 @@ off by the stop is dropped, and other settings or prompts than those of the firs
 import fcntl
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -58,11 +58,7 @@ def read_prompts(path: Path) -> list[PromptRecord]:
                 f"expected one of the keys {', '.join(PROMPT_KEYS)}"
             )
         prompt = value[keys[0]]
-        if not (isinstance(prompt, str) or is_chat(prompt) or is_token_ids(prompt)):
-            raise ValueError(
-                f"{where}: {keys[0]} must be a text, a chat (list of objects with role and "
-                f"content) or a list of token ids, got {json.dumps(prompt)[:60]}"
-            )
+        check_prompt(where, keys[0], prompt)
         record_id = value.get("id", len(records))
         if not isinstance(record_id, str | int) or isinstance(record_id, bool):
             raise ValueError(f"{where}: id must be a text or an integer, got {record_id!r}")
@@ -74,6 +70,15 @@ def read_prompts(path: Path) -> list[PromptRecord]:
         columns = {k: v for k, v in value.items() if k not in (keys[0], "id")}
         records.append(PromptRecord(record_id, prompt, len(records), columns, where))
     return records
+
+
+def check_prompt(where: str, key: str, prompt: Any) -> None:
+    """Raises a ValueError unless a prompt is a text, a chat or token ids."""
+    if not (isinstance(prompt, str) or is_chat(prompt) or is_token_ids(prompt)):
+        raise ValueError(
+            f"{where}: {key} must be a text, a chat (list of objects with role and content) or a "
+            f"list of token ids, got {json.dumps(prompt, default=repr)[:60]}"
+        )
 
 
 def read_values(path: Path) -> list[tuple[str, Any]]:
@@ -104,6 +109,39 @@ def read_values(path: Path) -> list[tuple[str, Any]]:
             except ValueError as error:
                 raise ValueError(f"{where} is not valid JSON: {error}") from error
     return found
+
+
+def read_results(path: Path, parse: Callable[[Any], Any]) -> dict[str | int, Any]:
+    """What every line of a :class:`ResultFile` holds, by id.
+
+    Args:
+        path: of the file.
+        parse: what is wanted of a line's object.
+
+    Raises:
+        ValueError: naming the line, for what is no such object.
+    """
+    found = {}
+    for where, line in read_values(path):
+        try:
+            found[line["id"]] = parse(line)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{where} is damaged ({type(error).__name__}: {error}); remove that line, and the "
+                "same command makes it anew"
+            ) from error
+    return found
+
+
+def forget_results(path: Path) -> None:
+    """Empties a :class:`ResultFile`, if there is one.
+
+    Raises:
+        RuntimeError: another process is writing it.
+    """
+    if path.is_file():
+        with ResultFile(path, records=(), settings={}, overwrite=True):
+            pass
 
 
 def json_line(record: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mara_fast.evaluation.spec import TINY_HALVES, DatasetSpec
-from mara_fast.jsonl import PromptRecord, json_line, read_prompts
+from mara_fast.jsonl import PromptRecord, check_prompt, json_line, read_prompts
 from mara_fast.tiny.grammar import instructions
 
 
@@ -16,8 +16,16 @@ class Dataset:
     name: str
     records: tuple[PromptRecord, ...]
     """Of unique prompts, the first of each."""
+    num_unique: int
+    """Unique prompts, of which the records may be some."""
     num_rows: int
     """Before prompts that occur twice were left out."""
+
+
+def counts(num_evaluated: int, num_unique: int, num_rows: int) -> str:
+    """What is said of the prompts of a data set."""
+    of = "" if num_evaluated == num_unique else f"{num_evaluated} of "
+    return f"{of}{num_unique} unique prompts ({num_rows} rows)"
 
 
 def load_dataset(name: str, spec: DatasetSpec, *, limit: int | None = None) -> Dataset:
@@ -43,17 +51,31 @@ def load_dataset(name: str, spec: DatasetSpec, *, limit: int | None = None) -> D
     for record in found:
         unique.setdefault(json_line({"prompt": record.prompt}), record)
     records = list(unique.values())
+    # Files of scores have texts as ids, where 1 and "1" are one.
+    by_text: dict[str, PromptRecord] = {}
+    for record in records:
+        other = by_text.setdefault(str(record.id), record)
+        if other is not record:
+            raise ValueError(
+                f"data set {name}: {record.where} has id {record.id!r}, {other.where} has "
+                f"{other.id!r}; ids must differ as texts"
+            )
     if spec.sample is not None and spec.sample < len(records):
         chosen = random.Random(0).sample(range(len(records)), spec.sample)
         records = [records[index] for index in sorted(chosen)]
-    return Dataset(name=name, records=tuple(records[:limit]), num_rows=len(found))
+    return Dataset(
+        name=name, records=tuple(records[:limit]), num_unique=len(unique), num_rows=len(found)
+    )
 
 
 def _rows(spec: DatasetSpec) -> list[PromptRecord]:
     if spec.path in TINY_HALVES:
         half = TINY_HALVES[spec.path]
         found = [one for one in instructions(split="heldout") if half in (None, one.harmful)]
-        return [PromptRecord(i, one.text, i) for i, one in enumerate(found)]
+        return [
+            PromptRecord(i, one.text, i, where=f"{spec.path}, instruction {i}")
+            for i, one in enumerate(found)
+        ]
     if spec.path is not None:
         return read_prompts(Path(spec.path))
     try:
@@ -65,4 +87,9 @@ def _rows(spec: DatasetSpec) -> list[PromptRecord]:
         raise ValueError(
             f"{spec.hub} has no column {spec.column!r}; it has {', '.join(rows.column_names)}"
         )
-    return [PromptRecord(i, prompt, i) for i, prompt in enumerate(rows[spec.column])]
+    records = []
+    for index, prompt in enumerate(rows[spec.column]):
+        where = f"{spec.hub}, row {index}"
+        check_prompt(where, spec.column, prompt)
+        records.append(PromptRecord(index, prompt, index, where=where))
+    return records

@@ -11,14 +11,19 @@ engine:       {max_batch_size: 64}
 """
 
 import dataclasses
+import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+from torch import nn
+
+from mara_fast.agent import MaraAgent
 from mara_fast.config import DecodingConfig
-from mara_fast.options import check, from_yaml, is_int, is_number, known_options, several
+from mara_fast.options import check, from_yaml, is_int, is_number, known_options, plain, several
 from mara_fast.tiny import AGENT_PATH
 
 TINY_HALVES: dict[str, bool | None] = {"tiny": None, "tiny/benign": False, "tiny/harmful": True}
@@ -41,7 +46,10 @@ PREFERENCE = "preference"
 
 Rule = Literal["all", "sum", "verdict"]
 PRESETS = ("paper", "official")
+MAX_SAMPLES = 10_000
+"""Of ``best_of``."""
 _NAME = re.compile(r"[\w.,+%() -]+")
+_PLACES = re.compile(r"\{(question|answer)\}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,17 +72,63 @@ class SystemSpec:
     """What it reads, with ``{question}`` and ``{answer}``."""
 
     def __post_init__(self) -> None:
-        check("best_of", self.best_of, is_int, "an integer >= 1", minimum=1)
+        for name in ("model", "agent"):
+            object.__setattr__(self, name, _text_of_path(getattr(self, name)))
+        object.__setattr__(self, "best_of", plain(self.best_of))
+        if not isinstance(self.model, str | nn.Module) or self.model == "":
+            raise ValueError(
+                f"model={self.model!r} is not allowed; allowed: a hub id, a path, 'tiny', or a "
+                "loaded model"
+            )
+        agents = self.agent if isinstance(self.agent, list | tuple) else [self.agent or "none"]
+        if not agents or not all(one and isinstance(one, str | MaraAgent) for one in agents):
+            raise ValueError(
+                f"agent={self.agent!r} is not allowed; allowed: a path, a hub id, a MaraAgent, a "
+                "list of these, or False"
+            )
+        check(
+            "best_of",
+            self.best_of,
+            is_int,
+            f"an integer from 1 to {MAX_SAMPLES}",
+            minimum=1,
+            maximum=MAX_SAMPLES,
+        )
         if self.preset not in (None, *PRESETS):
             raise ValueError(
                 f"preset={self.preset!r} is not known; allowed: {', '.join(PRESETS)} or none"
             )
         known_options(DecodingConfig, self.decoding)
+        if self.best_of > 1 and self.decoding.get("acceptance", "sample") != "sample":
+            raise ValueError(
+                f"best_of={self.best_of} with acceptance={self.decoding['acceptance']!r} is not "
+                "allowed: all answers to a prompt would be the same"
+            )
+        for name in ("corrects", "template"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name}={value!r} is not allowed; allowed: a text")
         if self.corrects is not None and self.best_of > 1:
             raise ValueError("a system has best_of or corrects, not both")
         for part in ("{question}", "{answer}"):
-            if part not in self.template:
+            if part not in (self.template or ""):
                 raise ValueError(f"template={self.template!r} lacks {part}")
+        if self.corrects is None and self.template != ALIGNER_TEMPLATE:
+            warnings.warn(
+                f"template={self.template!r} has no effect: the system corrects no other",
+                stacklevel=2,
+            )
+
+    def asked(self, prompt: Any, answer: str) -> str:
+        """What the model reads to correct an answer.
+
+        Raises:
+            ValueError: a prompt that has no question.
+        """
+        parts = {"question": _question(prompt), "answer": answer}
+        # Not str.format: texts hold braces too.
+        pieces = _PLACES.split(self.template)
+        return "".join(parts[one] if i % 2 else one for i, one in enumerate(pieces))
 
     def config(self, shared: Mapping[str, Any], agent_defaults: DecodingConfig) -> DecodingConfig:
         """The decoding options in force.
@@ -111,10 +165,22 @@ class DatasetSpec:
     """So many of the unique prompts, drawn at random, the same every time; None: all."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", _text_of_path(self.path))
+        object.__setattr__(self, "sample", plain(self.sample))
+        for name in ("path", "hub", "name", "split", "column"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name in ("split", "column")):
+                raise ValueError(f"{name}={value!r} is not allowed; allowed: a text")
         if self.sample is not None:
             check("sample", self.sample, is_int, "an integer >= 1", minimum=1)
         if (self.path is None) == (self.hub is None):
             raise ValueError("a data set has a path, or a hub id: one of the two is needed")
+        for name, default in (("name", None), ("split", "test"), ("column", "prompt")):
+            if self.path is not None and getattr(self, name) != default:
+                warnings.warn(
+                    f"{name}={getattr(self, name)!r} has no effect: the data set is a file",
+                    stacklevel=2,
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +209,28 @@ class JudgeSpec:
     """Tokens of a text that models read at most."""
 
     def __post_init__(self) -> None:
+        for name in ("batch_size", "max_length"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         for name in ("rewards", "weights", "names"):
-            kind = str if name != "weights" else float
-            object.__setattr__(self, name, several(getattr(self, name), kind))
+            kind, value = str if name != "weights" else float, getattr(self, name)
+            object.__setattr__(self, name, () if value is None else several(value, kind))
+        object.__setattr__(self, "rewards", tuple(map(_text_of_path, self.rewards)))
+        object.__setattr__(self, "weights", tuple(map(plain, self.weights)))
+        for index, reward in enumerate(self.rewards):
+            # A RewardModel is no callable, but scores.
+            if not (isinstance(reward, str) or callable(reward) or hasattr(reward, "score")):
+                raise ValueError(
+                    f"judge.rewards[{index}]={reward!r} is not allowed; allowed: a hub id, a path, "
+                    "module:function, a loaded model, or a callable"
+                )
+        for name in self.names:
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(f"judge.names: {name!r} is not allowed; allowed: texts")
+        if not (self.verdict is None or isinstance(self.verdict, str) or callable(self.verdict)):
+            raise ValueError(
+                f"judge.verdict={self.verdict!r} is not allowed; allowed: module:function, or a "
+                "callable"
+            )
         if not self.weights:
             object.__setattr__(self, "weights", (1.0,) * len(self.rewards))
         for weight in self.weights:
@@ -157,6 +242,10 @@ class JudgeSpec:
                     f"judge.{name}={list(values)!r} are {len(values)} for {len(self.rewards)} "
                     "rewards; one to each is expected"
                 )
+        if self.rewards and not any(self.weights):
+            raise ValueError(
+                f"judge.weights={list(self.weights)!r} are not allowed: no reward would count"
+            )
         if self.rule not in get_args(Rule):
             raise ValueError(
                 f"judge.rule={self.rule!r} is not known; allowed: {', '.join(get_args(Rule))}"
@@ -166,6 +255,8 @@ class JudgeSpec:
         if not self.rewards and self.verdict is None:
             raise ValueError("judge.rewards is empty: at least one reward, or a verdict, is needed")
         check("judge.batch_size", self.batch_size, is_int, "an integer >= 1", minimum=1)
+        if self.max_length is not None:
+            check("judge.max_length", self.max_length, is_int, "an integer >= 1", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +303,7 @@ class EvalSpec:
                 f"{', '.join(known) or 'none'}"
             )
         places = TINY_PATHS | {k: str(v) for k, v in (known | dict(paths or {})).items()}
-        _only("the spec", [f.name for f in dataclasses.fields(cls)], values)
+        _only("the spec", ["paths", *(f.name for f in dataclasses.fields(cls))], values)
         missing = [n for n in ("systems", "datasets", "comparisons", "judge") if not values.get(n)]
         if missing:
             raise ValueError(f"the spec lacks {', '.join(missing)}")
@@ -233,7 +324,8 @@ class EvalSpec:
             options |= {k: placed(options[k]) for k in ("path", "hub") if k in options}
             datasets[name] = _record(DatasetSpec, f"datasets.{name}", options)
         judge = _mapping("judge", values["judge"])
-        judge["rewards"] = placed(several(judge.get("rewards", ()), str))
+        if judge.get("rewards") is not None:
+            judge["rewards"] = placed(several(judge["rewards"], str))
         return cls(
             name=str(values.get("name", "evaluation")),
             systems=systems,
@@ -241,7 +333,7 @@ class EvalSpec:
             comparisons=tuple(_pair(one) for one in several(values["comparisons"], str)),
             judge=_record(JudgeSpec, "judge", judge),
             decoding=_mapping("decoding", values.get("decoding", {})),
-            engine=_mapping("engine", values.get("engine", {})),
+            engine={k: plain(v) for k, v in _mapping("engine", values.get("engine", {})).items()},
             paper={
                 pair: {
                     dataset: _printed(f"paper.{pair}.{dataset}", rates)
@@ -274,6 +366,10 @@ class EvalSpec:
                     raise ValueError(
                         f"{name!r} is no name for a {kind}; allowed: letters, digits, spaces "
                         "and .,_+-%(), as it names files"
+                    )
+                if name != name.strip() or " vs " in name:
+                    raise ValueError(
+                        f"{name!r} is no name for a {kind}: it has a space at an end, or ' vs '"
                     )
         for pair in self.comparisons:
             for name in pair:
@@ -321,6 +417,25 @@ _ENGINE_OPTIONS = (
 )
 
 
+def _text_of_path(value: Any) -> Any:
+    """Paths as texts, also in a list; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return [_text_of_path(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _question(prompt: Any) -> str:
+    """Of a chat, what the user said last; token ids cannot be corrected."""
+    if isinstance(prompt, str):
+        return prompt
+    try:
+        return str(next(m["content"] for m in reversed(prompt) if m["role"] == "user"))
+    except (TypeError, StopIteration) as error:
+        raise ValueError(
+            f"{prompt!r} has no question of a user to correct the answer of"
+        ) from error
+
+
 def _pair(value: Any) -> tuple[str, str]:
     parts = value.split(" vs ") if isinstance(value, str) else value
     if (
@@ -334,7 +449,9 @@ def _pair(value: Any) -> tuple[str, str]:
 
 def _printed(name: str, value: Any) -> dict[str, float]:
     """Rates of the paper, in percent."""
+    value = plain(value)
     rates = _mapping(name, {PREFERENCE: value} if is_number(value) else value)
+    rates = {label: plain(rate) for label, rate in rates.items()}
     for rate in rates.values():
         check(name, rate, is_number, "percentages", minimum=-100, maximum=100)
     return rates

@@ -1,12 +1,15 @@
 """Prompts of an evaluation, each once."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from golden import golden_folder
+from mara_fast.evaluation.cli import app
 from mara_fast.evaluation.datasets import load_dataset
 from mara_fast.evaluation.spec import DatasetSpec
 
@@ -82,6 +85,27 @@ def test_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked == [(("org/data", None), {"split": "train"})]
     with pytest.raises(ValueError, match="no column 'question'; it has prompt, other"):
         load_dataset("hub", DatasetSpec(hub="org/data", column="question"))
+    for bad in (None, {"text": "a"}):
+        rows = datasets.Dataset.from_dict({"prompt": [bad]})
+        with pytest.raises(
+            ValueError, match="data set hub: org/data, row 0: prompt must be a text"
+        ):
+            load_dataset("hub", DatasetSpec(hub="org/data"))
+
+
+def test_the_package_of_the_hub_s_data_sets_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of a line, as for anything else that a user can help."""
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    path = tmp_path / "spec.yaml"
+    path.write_text(
+        "systems: {a: {}, b: {}}\ncomparisons: [a vs b]\njudge: {rewards: tiny/reward}\n"
+        "datasets: {one: {hub: org/data}}\n"
+    )
+    result = CliRunner().invoke(app, [str(path), "--dry-run"])
+    assert result.exit_code == 2
+    assert result.stderr.strip().endswith("need: pip install datasets")
 
 
 @pytest.mark.skipif(SHARED is None, reason="no prompts of the paper's data sets")
