@@ -9,7 +9,7 @@ report       report.json, report.md, report.html
 import dataclasses
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mara_fast.agent import MaraAgent
 from mara_fast.bench.facts import facts_of
-from mara_fast.config import DecodingConfig
 from mara_fast.evaluation import report
-from mara_fast.evaluation.answers import Answers, answer_all
-from mara_fast.evaluation.datasets import Dataset, load_dataset
+from mara_fast.evaluation.answers import Answers, answer_all, answers_path
 from mara_fast.evaluation.intervals import bootstrap_interval, sign_test
+from mara_fast.evaluation.plan import Plan, make_plan
 from mara_fast.evaluation.preference import outcomes
-from mara_fast.evaluation.scores import Judge, best_of
+from mara_fast.evaluation.scores import best_of, scores_path, verdicts_path
 from mara_fast.evaluation.spec import EvalSpec
-from mara_fast.loading import choose_device, looks_like_path
+from mara_fast.jsonl import forget_results
+from mara_fast.loading import choose_device
 from mara_fast.options import plain
 
 
@@ -83,24 +82,40 @@ class Evaluation:
     """What was found."""
 
     spec: EvalSpec
-    num_prompts: Mapping[str, tuple[int, int]]
-    """Prompts evaluated on and rows read, by data set."""
+    reward_names: tuple[str, ...]
+    """What being better by each reward is called."""
+    limit: int | None
+    """Prompts of each data set at most."""
+    num_prompts: Mapping[str, tuple[int, int, int]]
+    """Prompts evaluated on, unique ones there are, and rows read, by data set."""
     comparisons: tuple[Comparison, ...]
     answers: Mapping[str, Mapping[str, Answers]]
     """By system and data set."""
-    mean_scores: Mapping[str, Mapping[str, Mapping[str, float]]]
-    """Of the answers given, by system, data set and reward."""
+    mean_scores: Mapping[str, Mapping[str, Mapping[str, float | None]]]
+    """Of the answers given, before weights, by system, data set and reward; None: no opinion."""
+    judge_settings: Mapping[str, Any]
+    """What scores and verdicts depend on."""
     made: Mapping[str, Any]
     """When, on what, with which versions."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Plain values for JSON; None for numbers that there are none of."""
+        judge = self.spec.judge
         return {
             "name": self.spec.name,
             "made": dict(self.made),
+            "judge": {
+                "rewards": list(self.reward_names),
+                "weights": list(judge.weights),
+                "rule": judge.rule,
+                "max_length": judge.max_length,
+                "settings": dict(self.judge_settings),
+            },
+            "decoding": dict(self.spec.decoding),
+            "limit": self.limit,
             "num_prompts": {
-                name: {"unique": unique, "rows": rows}
-                for name, (unique, rows) in self.num_prompts.items()
+                name: {"evaluated": evaluated, "unique": unique, "rows": rows}
+                for name, (evaluated, unique, rows) in self.num_prompts.items()
             },
             "comparisons": [dataclasses.asdict(one) for one in self.comparisons],
             "systems": {
@@ -148,51 +163,51 @@ def evaluate(
         spec = EvalSpec.read(Path(spec), paths=paths)
     elif not isinstance(spec, EvalSpec):
         spec = EvalSpec.from_dict(spec, paths=paths)
+    elif paths is not None:
+        raise ValueError(
+            f"paths={dict(paths)!r} has no effect on an EvalSpec; EvalSpec.from_dict takes paths"
+        )
     limit = plain(limit)
     if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
         raise ValueError(f"limit={limit!r} is not allowed; allowed: an integer >= 1")
     folder = Path(output)
-    datasets = check(spec, limit=limit)
     place = folder if work is None else Path(work)
-    judge = Judge(spec.judge, place, overwrite=overwrite)
-    answers = answer_all(spec, datasets, place, overwrite=overwrite)
+    plan = make_plan(spec, limit=limit, folders=(folder, place))
+    if overwrite:
+        # All at once: a run that is stopped then goes on without the option.
+        for path in _files(spec, place):
+            forget_results(path)
+    answers = answer_all(spec, plan, place)
     # Language models make room for reward models.
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    evaluation = _judged(spec, datasets, judge, answers)
+    evaluation = _judged(plan, answers, place, limit)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(evaluation.to_dict(), indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps(evaluation.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / "report.json").write_text(text, encoding="utf-8")
     (folder / "report.md").write_text(report.markdown(evaluation), encoding="utf-8")
     (folder / "report.html").write_text(report.page(evaluation), encoding="utf-8")
     return evaluation
 
 
-def check(spec: EvalSpec, *, limit: int | None = None) -> list[Dataset]:
-    """The prompts of a spec; raises what is wrong with its files and folders before any work."""
-    for name, system in spec.systems.items():
-        source = system.model
-        if isinstance(source, str) and looks_like_path(source) and not Path(source).is_dir():
-            raise FileNotFoundError(f"systems.{name}.model {source!r}: there is no such folder")
-        agents = system.agent if isinstance(system.agent, list | tuple) else [system.agent]
-        defaults = DecodingConfig()
-        for agent in reversed(agents):
-            agent = MaraAgent.from_pretrained(agent) if isinstance(agent, str) else agent
-            defaults = agent.decoding if isinstance(agent, MaraAgent) else defaults
-        system.config(spec.decoding, defaults)
-    return [load_dataset(name, one, limit=limit) for name, one in spec.datasets.items()]
+def _files(spec: EvalSpec, folder: Path) -> Iterator[Path]:
+    """Of answers, scores and verdicts."""
+    for dataset in spec.datasets:
+        for system in spec.systems:
+            yield answers_path(folder, system, dataset)
+            yield scores_path(folder, system, dataset)
+        for pair in spec.comparisons:
+            yield verdicts_path(folder, pair, dataset)
 
 
 def _judged(
-    spec: EvalSpec,
-    datasets: list[Dataset],
-    judge: Judge,
-    answers: Mapping[str, Mapping[str, Answers]],
+    plan: Plan, answers: Mapping[str, Mapping[str, Answers]], folder: Path, limit: int | None
 ) -> Evaluation:
+    spec, judge, datasets = plan.spec, plan.judge, plan.datasets
     given: dict[tuple[str, str], tuple[str, ...]] = {}
     scores: dict[tuple[str, str], Tensor] = {}
-    means: dict[str, dict[str, dict[str, float]]] = {}
+    means: dict[str, dict[str, dict[str, float | None]]] = {}
     for system, by_dataset in answers.items():
         means[system] = {}
         for dataset in datasets:
@@ -200,13 +215,13 @@ def _judged(
             chosen = torch.zeros(len(dataset.records), dtype=torch.int64)
             means[system][dataset.name] = {}
             if spec.judge.rewards:
-                table = judge.scores(system, dataset, found)
+                table = judge.scores(system, dataset, found.samples, folder)
                 chosen = best_of(table, spec.judge.weights)
                 table = table.gather(2, chosen.expand(len(table), -1)[..., None])[..., 0]
                 scores[system, dataset.name] = table
                 means[system][dataset.name] = {
-                    name: float(row.nanmean())
-                    for name, row in zip(judge.rewards.names, table, strict=True)
+                    name: None if row.isnan().all() else float(row.nanmean())
+                    for name, row in zip(judge.names, table, strict=True)
                 }
             given[system, dataset.name] = tuple(
                 texts[place] for texts, place in zip(found.samples, chosen.tolist(), strict=True)
@@ -219,7 +234,7 @@ def _judged(
             one, other = scores.get((ours, name)), scores.get((theirs, name))
             if spec.judge.rule == "verdict":
                 texts = given[ours, name], given[theirs, name]
-                ends = judge.verdicts((ours, theirs), dataset, *texts)
+                ends = judge.verdicts((ours, theirs), dataset, *texts, folder)
             else:
                 assert one is not None and other is not None
                 ends = _ends(one, other, spec)
@@ -241,10 +256,16 @@ def _judged(
             )
     device = choose_device(spec.engine.get("device", "auto"))
     first = next(iter(answers.values()))[datasets[0].name]
-    dtype = getattr(torch, first.settings["dtype"].removeprefix("torch."))
+    # A checkpoint may not say what it is.
+    dtype = getattr(torch, first.settings["dtype"].removeprefix("torch."), torch.float32)
     return Evaluation(
         spec=spec,
-        num_prompts={one.name: (len(one.records), one.num_rows) for one in datasets},
+        reward_names=judge.names,
+        limit=limit,
+        judge_settings=judge.settings,
+        num_prompts={
+            one.name: (len(one.records), one.num_unique, one.num_rows) for one in datasets
+        },
         comparisons=tuple(comparisons),
         answers=answers,
         mean_scores=means,
@@ -256,5 +277,6 @@ def _ends(ours: Tensor, theirs: Tensor, spec: EvalSpec) -> Tensor:
     if spec.judge.rule == "all":
         return outcomes(ours, theirs, spec.judge.weights)
     weights = torch.tensor(spec.judge.weights, dtype=torch.float64)[:, None]
-    one, other = ((weights * table).nansum(0, keepdim=True) for table in (ours, theirs))
-    return outcomes(one, other, [1.0])
+    # One without an opinion on either answer abstains from the pair.
+    total = (weights * (ours - theirs)).nansum(0, keepdim=True)
+    return outcomes(total, torch.zeros_like(total), [1.0])

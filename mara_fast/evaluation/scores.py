@@ -6,89 +6,135 @@
 Shapes: N prompts, M samples of each, R rewards.
 """
 
-import json
+import inspect
 import math
+import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mara_fast.evaluation.answers import Answers
 from mara_fast.evaluation.datasets import Dataset
+from mara_fast.evaluation.fingerprint import Fingerprints
 from mara_fast.evaluation.spec import JudgeSpec
-from mara_fast.jsonl import PromptRecord, ResultFile
-from mara_fast.rewards import Rewards
-from mara_fast.rewards.functions import function_name
+from mara_fast.jsonl import PromptRecord, ResultFile, read_results
+from mara_fast.loading import choose_device, choose_dtype
+from mara_fast.prompts import is_chat
+from mara_fast.rewards import RewardModel, Rewards
+from mara_fast.rewards.functions import call_functions, function_name
 from mara_fast.rewards.named import load_rewards
 
 _CHUNK = 64
 """Answers scored between two writes, in forwards of the judge's batch size."""
+_RESERVED = ("prompts", "completions", "progress", "self")
+"""What rewards are called with beside columns."""
 
 
 class Judge:
-    """Scores answers and keeps what it found.
+    """Scores answers and keeps what it found. Models are loaded when something is to be scored.
 
     Args:
         spec: of the judge.
-        folder: of the evaluation.
-        overwrite: forget the scores that are there.
+        fingerprints: for the settings of what it found.
 
     Raises:
-        ValueError: a reward or verdict that is none.
+        ValueError: a reward or verdict that is none, names that occur twice, a device or dtype
+            that is not known.
+        FileNotFoundError: no such folder.
     """
 
-    def __init__(self, spec: JudgeSpec, folder: Path, *, overwrite: bool) -> None:
-        self.spec, self._folder, self._overwrite = spec, folder, overwrite
+    def __init__(self, spec: JudgeSpec, fingerprints: Fingerprints) -> None:
+        self.spec, self._fingerprints = spec, fingerprints
         self._sources = [_loaded(source) for source in spec.rewards]
         self._verdict = None if spec.verdict is None else _loaded(spec.verdict)
+        if self._verdict is not None:
+            _check_verdict(self._verdict)
+        self._paths = [source for source in self._sources if isinstance(source, str)]
+        for path in self._paths:
+            if os.path.exists(path) and not os.path.isfile(os.path.join(path, "config.json")):
+                raise ValueError(f"judge.rewards: {path!r} is not the folder of a model")
+        self._dtype = self._placing()
+        # What can be wrong with rewards that are loaded already is said now.
+        ready = [source for source in self._sources if not isinstance(source, str)]
+        self._ready = Rewards(ready, max_length=spec.max_length) if ready else None
         self._rewards: Rewards | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
+        self.names = spec.names or _names(self._sources)
         """What being better by each reward is called."""
-        return self.spec.names or tuple(self.rewards.names if self._sources else ())
+        for name in self.names:
+            if self.names.count(name) > 1:
+                raise ValueError(f"judge.names={list(self.names)!r} has {name!r} twice")
 
     @property
     def rewards(self) -> Rewards:
-        """Loaded when they are first needed: language models come before."""
+        """All of them, loaded."""
         if self._rewards is None:
-            by_path = any(isinstance(source, str) for source in self._sources)
-            options = {"device": self.spec.device, "dtype": self.spec.dtype} if by_path else {}
+            placing = {"device": self.spec.device, "dtype": self.spec.dtype} if self._paths else {}
+            # The last one has an opinion on every sample, and no weight: there may be no other.
             self._rewards = Rewards(
-                self._sources,
-                self.spec.weights,
+                [*self._sources, _indifferent],
+                [*self.spec.weights, 0.0],
                 batch_size=self.spec.batch_size,
                 max_length=self.spec.max_length,
-                **options,
+                **placing,
             )
         return self._rewards
 
-    def scores(self, system: str, dataset: Dataset, answers: Answers) -> Tensor:
-        """Rewards before their weights, float64 [R, N, M]; NaN is no opinion."""
+    def check(self, datasets: Sequence[Dataset]) -> None:
+        """Raises a ValueError for prompts and columns that the rewards do not take."""
+        for dataset in datasets:
+            for record in dataset.records if self._sources else ():
+                if not (isinstance(record.prompt, str) or is_chat(record.prompt)):
+                    raise ValueError(
+                        f"data set {dataset.name}, {record.where}: prompt {record.id!r} is token "
+                        "ids; rewards read texts and chats"
+                    )
+            try:
+                if self._ready is not None:
+                    self._ready.check_columns(self._columns(dataset))
+            except ValueError as error:
+                raise ValueError(f"data set {dataset.name}: {error}") from error
+
+    def scores(
+        self, system: str, dataset: Dataset, samples: Sequence[Sequence[str]], folder: Path
+    ) -> Tensor:
+        """Rewards before their weights, float64 [R, N, M]; NaN is no opinion.
+
+        Args:
+            system: by name.
+            dataset: whose prompts were answered.
+            samples: answers to each prompt, M texts.
+            folder: of answers and scores.
+        """
         records = [
             PromptRecord(f"{record.id}#{sample}", [record.prompt, text], 0, record.columns)
-            for record, texts in zip(dataset.records, answers.samples, strict=True)
+            for record, texts in zip(dataset.records, samples, strict=True)
             for sample, text in enumerate(texts)
         ]
+        columns = self._columns(dataset)
         found = self._found(
-            self._folder / "scores" / system / f"{dataset.name}.jsonl",
+            scores_path(folder, system, dataset.name),
             records,
-            {"rewards": [_name(s) for s in self._sources], "max_length": self.spec.max_length},
+            self._score_settings(),
             holds="scores",
-            judge=self._score,
+            parse=self._read_scores,
+            judge=lambda chunk: self._score(chunk, columns),
             title=f"scores of {system} on {dataset.name}",
         )
-        table = torch.tensor(
-            [[math.nan if v is None else v for v in one.values()] for one in found],
-            dtype=torch.float64,
-        )  # [N M, R]
+        table = torch.tensor(found, dtype=torch.float64)  # [N M, R]
         return table.T.reshape(table.shape[1], len(dataset.records), -1)
 
     def verdicts(
-        self, pair: tuple[str, str], dataset: Dataset, ours: Sequence[str], theirs: Sequence[str]
+        self,
+        pair: tuple[str, str],
+        dataset: Dataset,
+        ours: Sequence[str],
+        theirs: Sequence[str],
+        folder: Path,
     ) -> Tensor:
         """1 where ours is better, -1 where theirs is, else 0; int64 [N]."""
         records = [
@@ -96,14 +142,64 @@ class Judge:
             for record, *texts in zip(dataset.records, ours, theirs, strict=True)
         ]
         found = self._found(
-            self._folder / "verdicts" / " vs ".join(pair) / f"{dataset.name}.jsonl",
+            verdicts_path(folder, pair, dataset.name),
             records,
-            {"verdict": _name(self._verdict)},
+            self._verdict_settings(),
             holds="verdict",
+            parse=lambda line: _sign(float(line["verdict"])),
             judge=self._say,
             title=f"verdicts of {' vs '.join(pair)} on {dataset.name}",
         )
-        return torch.tensor([(v > 0) - (v < 0) for v in found])
+        return torch.tensor(found).long()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What scores and verdicts depend on."""
+        return self._score_settings() | self._verdict_settings()
+
+    def _score_settings(self) -> dict[str, Any]:
+        return {
+            "rewards": self._fingerprints.of(self._sources),
+            "max_length": self.spec.max_length,
+            "dtype": self._dtype,
+        }
+
+    def _verdict_settings(self) -> dict[str, Any]:
+        return {"verdict": self._fingerprints.of(self._verdict)}
+
+    def _placing(self) -> str | None:
+        """The dtype of models that are loaded here."""
+        has_models = any(not _is_function(source) for source in self._sources)
+        for name, default, matters in (
+            ("device", "auto", bool(self._paths)),
+            ("dtype", "auto", bool(self._paths)),
+            ("max_length", None, has_models),
+        ):
+            value = getattr(self.spec, name)
+            if not matters and value != default:
+                warnings.warn(
+                    f"judge.{name}={value!r} has no effect on rewards that are no models, or are "
+                    "loaded already",
+                    stacklevel=2,
+                )
+        try:
+            dtype = choose_dtype(self.spec.dtype, choose_device(self.spec.device))
+        except ValueError as error:
+            raise ValueError(f"judge: {error}") from error
+        return str(dtype) if self._paths else None
+
+    def _columns(self, dataset: Dataset) -> list[str]:
+        """Names of what every record has beside its prompt, for reward functions."""
+        if not any(map(_is_function, self._sources)):
+            return []
+        shared = set.intersection(*(set(record.columns) for record in dataset.records))
+        for name in _RESERVED:
+            if name in shared:
+                raise ValueError(
+                    f"data set {dataset.name} has a column {name!r}, which reward functions cannot "
+                    "be given: rename it"
+                )
+        return sorted(shared)
 
     def _found(
         self,
@@ -112,13 +208,12 @@ class Judge:
         settings: Mapping[str, Any],
         *,
         holds: str,
+        parse: Callable[[Any], Any],
         judge: Callable[[Sequence[PromptRecord]], list[Any]],
         title: str,
     ) -> list[Any]:
         """What the judge says of the records, by a file or anew."""
-        with ResultFile(
-            path, records=records, settings=settings, overwrite=self._overwrite, holds=holds
-        ) as results:
+        with ResultFile(path, records=records, settings=settings, holds=holds) as results:
             todo = [record for record in records if record.id not in results.done]
             with tqdm(
                 total=len(records), initial=len(records) - len(todo), desc=title, leave=False
@@ -128,39 +223,52 @@ class Judge:
                     for record, value in zip(chunk, judge(chunk), strict=True):
                         results.append(record.id, {"prompt": record.prompt, holds: value})
                     bar.update(len(chunk))
-        with path.open(encoding="utf-8") as file:
-            found = {line["id"]: line[holds] for line in map(json.loads, file)}
+        found = read_results(path, parse)
         return [found[record.id] for record in records]
 
-    def _score(self, records: Sequence[PromptRecord]) -> list[dict[str, float | None]]:
+    def _score(
+        self, records: Sequence[PromptRecord], columns: Sequence[str]
+    ) -> list[dict[str, float | None]]:
         prompts, texts = zip(*(record.prompt for record in records), strict=True)
-        columns: dict[str, Any] = _columns(records)
-        scores = self.rewards.score(list(prompts), list(texts), **columns).by_name
+        values: dict[str, Any] = {
+            name: [record.columns[name] for record in records] for name in columns
+        }
+        scores = self.rewards.score(list(prompts), list(texts), **values).by_name
+        del scores[self.rewards.names[-1]]
         return [
             {name: _plain(values[place]) for name, values in scores.items()}
             for place in range(len(records))
         ]
 
+    def _read_scores(self, line: Mapping[str, Any]) -> list[float]:
+        values = [math.nan if v is None else float(v) for v in line["scores"].values()]
+        if len(values) != len(self._sources):
+            raise ValueError(f"{len(values)} scores of {len(self._sources)} rewards")
+        return values
+
     def _say(self, records: Sequence[PromptRecord]) -> list[float]:
-        prompts, ours, theirs = zip(*(record.prompt for record in records), strict=True)
+        arguments = map(list, zip(*(record.prompt for record in records), strict=True))
         assert self._verdict is not None
-        said = list(self._verdict(list(prompts), list(ours), list(theirs)))
-        if len(said) != len(records):
-            raise ValueError(
-                f"the verdict {_name(self._verdict)} gave {len(said)} values for {len(records)} "
-                "pairs; one to each is expected"
-            )
-        values = [0.0 if value is None else value for value in said]
-        for value in values:
-            if not isinstance(value, int | float) or math.isnan(value):
-                raise ValueError(
-                    f"the verdict {_name(self._verdict)} gave {value!r}; expected numbers or None"
-                )
-        return [float((value > 0) - (value < 0)) for value in values]
+        name = f"judge.verdict {function_name(self._verdict)}"
+        # Positional: what it calls them is its own affair.
+        found = call_functions({name: partial(self._verdict, *arguments)}, {}, len(records))
+        return [_sign(value) for value in found[name].nan_to_num(0.0).tolist()]
+
+
+def scores_path(folder: Path, system: str, dataset: str) -> Path:
+    """File of the scores of a system's answers."""
+    return folder / "scores" / system / f"{dataset}.jsonl"
+
+
+def verdicts_path(folder: Path, pair: tuple[str, str], dataset: str) -> Path:
+    """File of the verdicts on the answers of two systems."""
+    return folder / "verdicts" / " vs ".join(pair) / f"{dataset}.jsonl"
 
 
 def best_of(scores: Tensor, weights: Sequence[float]) -> Tensor:
     """Which sample of each prompt has the highest Σ weight · reward; the first of equals.
+
+    A reward that has no opinion on one of the samples abstains from the prompt.
 
     Args:
         scores: float64 [R, N, M].
@@ -169,15 +277,61 @@ def best_of(scores: Tensor, weights: Sequence[float]) -> Tensor:
     Returns:
         int64 [N]
     """
-    total = (torch.tensor(weights, dtype=torch.float64)[:, None, None] * scores).nansum(0)
+    weighted = torch.tensor(weights, dtype=torch.float64)[:, None, None] * scores
+    abstains = scores.isnan().any(-1, keepdim=True)  # [R, N, 1]
+    total = weighted.masked_fill(abstains, 0.0).sum(0)
     # max() promises no order among equals.
     return (total == total.max(-1, keepdim=True).values).int().argmax(-1)
 
 
-def _columns(records: Sequence[PromptRecord]) -> dict[str, list[Any]]:
-    """What every record has beside its prompt, for reward functions."""
-    shared = set.intersection(*(set(record.columns) for record in records))
-    return {name: [record.columns[name] for record in records] for name in sorted(shared)}
+def _names(sources: Sequence[Any]) -> tuple[str, ...]:
+    """As :class:`Rewards` names them, before their models are loaded."""
+    found: list[str] = []
+    for source in sources:
+        if isinstance(source, RewardModel):
+            name = source.name
+        elif _is_function(source):
+            name = function_name(source)
+        else:
+            path = source if isinstance(source, str) else source.config._name_or_path
+            name = PurePath(path).name or type(source).__name__
+        number, unused = 2, name
+        while unused in found:
+            number, unused = number + 1, f"{name}_{number}"
+        found.append(unused)
+    return tuple(found)
+
+
+def _is_function(source: Any) -> bool:
+    from transformers import PreTrainedModel
+
+    return not isinstance(source, str | RewardModel | PreTrainedModel)
+
+
+def _check_verdict(verdict: Any) -> None:
+    """Raises a ValueError unless it can be called with three lists."""
+    if not callable(verdict):
+        raise ValueError(f"judge.verdict {verdict!r} is not a function; a model gives no verdict")
+    try:
+        signature = inspect.signature(verdict)
+    # Functions that are written in C may have none.
+    except ValueError:
+        return
+    try:
+        signature.bind([], [], [])
+    except TypeError as error:
+        raise ValueError(
+            f"judge.verdict {function_name(verdict)} cannot be called with three lists: {error}. "
+            "Expected: f(prompts, ours, theirs)"
+        ) from error
+
+
+def _indifferent(prompts: Sequence[Any], completions: Sequence[Any], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def _sign(value: float) -> float:
+    return float((value > 0) - (value < 0))
 
 
 def _plain(value: Tensor) -> float | None:
@@ -186,9 +340,3 @@ def _plain(value: Tensor) -> float | None:
 
 def _loaded(source: Any) -> Any:
     return load_rewards([source])[0] if isinstance(source, str) else source
-
-
-def _name(source: Any) -> str:
-    if isinstance(source, str):
-        return source
-    return getattr(source, "name", None) or function_name(source)

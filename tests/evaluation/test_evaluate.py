@@ -1,7 +1,9 @@
 """A whole evaluation on the tiny model: by hand, resumed, judged in every way."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,13 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-import mara_fast
-from mara_fast import Engine, tiny
+import mara_fast.evaluation
+from mara_fast import Engine, MaraAgent, tiny
 from mara_fast.evaluation import answers as answers_module
-from mara_fast.evaluation.evaluate import Evaluation, evaluate
+from mara_fast.evaluation.evaluate import Evaluation, _ends, evaluate
 from mara_fast.evaluation.preference import outcomes
+from mara_fast.evaluation.scores import best_of
+from mara_fast.evaluation.spec import EvalSpec
+from mara_fast.loading import load_model
+from mara_fast.rewards import RewardModel, Rewards
 
 LIMIT = 6
 DECODING = {"max_new_tokens": 12}
@@ -100,10 +108,13 @@ def test_rates_are_those_of_the_scores(found: tuple[Evaluation, Path]) -> None:
             assert scores["length"] == len(text)
             assert scores["vowels"] == vowels([prompt], [text])[0]
             by_prompt.setdefault(key.partition("#")[0], []).append(scores)
-        given[system] = [
-            max(by_prompt[str(place)], key=lambda s: s["length"] - (s["vowels"] or 0))
-            for place in range(LIMIT)
-        ]
+        given[system] = []
+        for place in range(LIMIT):
+            samples = by_prompt[str(place)]
+            # A reward that lacks an opinion on a sample has none on which is best.
+            judged = all(scores["vowels"] is not None for scores in samples)
+            totals = [s["length"] - (s["vowels"] if judged else 0) for s in samples]
+            given[system].append(samples[totals.index(max(totals))])
     for one in evaluation.comparisons:
         won = lost = 0
         for mine, theirs in zip(given[one.ours], given[one.theirs], strict=True):
@@ -121,7 +132,13 @@ def test_rates_are_those_of_the_scores(found: tuple[Evaluation, Path]) -> None:
 def test_the_report(found: tuple[Evaluation, Path]) -> None:
     evaluation, folder = found
     plain = json.loads((folder / "report.json").read_text())
-    assert plain["num_prompts"]["held-out"]["unique"] == LIMIT
+    rows = plain["num_prompts"]["held-out"]["rows"]
+    assert plain["num_prompts"]["held-out"] == {"evaluated": LIMIT, "unique": rows, "rows": rows}
+    judge = plain["judge"]
+    assert (judge["rewards"], judge["weights"], judge["rule"]) == (["long", "dry"], [1, -1], "all")
+    assert judge["settings"]["rewards"][0].startswith(f"{__name__}:length sha256:")
+    assert (plain["decoding"], plain["limit"]) == (DECODING, LIMIT)
+    assert set(plain["systems"]["base"]["held-out"]["mean_scores"]) == {"long", "dry"}
     assert [one["ours"] for one in plain["comparisons"]] == ["mara", "best", "aligner"]
     text = (folder / "report.md").read_text()
     for heading in ("Preference rate", "By reward", "Systems", "Accepted ranks"):
@@ -135,37 +152,61 @@ def test_the_report(found: tuple[Evaluation, Path]) -> None:
 def test_everything_is_repeatable(found: tuple[Evaluation, Path], tmp_path: Path) -> None:
     again = evaluate(spec(), tmp_path, limit=LIMIT)
     assert again.comparisons == found[0].comparisons
-    assert (tmp_path / "report.md").read_text() == (found[1] / "report.md").read_text()
+    one, other = (
+        (folder / "report.md").read_text().replace(evaluation.made["date"], "today")
+        for evaluation, folder in (found, (again, tmp_path))
+    )
+    assert one == other
 
 
 def test_nothing_is_done_twice(
     found: tuple[Evaluation, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With all answers and scores there, no model decodes and no reward is asked."""
+    """With all answers and scores there, no model is loaded and no reward is asked."""
     before = {p: p.read_bytes() for p in found[1].rglob("*.jsonl")}
-    monkeypatch.setattr(Engine, "as_completed", lambda *a, **k: iter(()))
-    judge = spec()["judge"] | {"rewards": [named(length), named(vowels)]}
-    again = evaluate(spec(judge=judge), found[1], limit=LIMIT)
+    monkeypatch.setattr(answers_module, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    monkeypatch.setattr(Rewards, "score", lambda *a, **k: pytest.fail("asked again"))
+    again = evaluate(spec(), found[1], limit=LIMIT)
     assert again.comparisons == found[0].comparisons
     assert {p: p.read_bytes() for p in found[1].rglob("*.jsonl")} == before
 
 
-def named(function: Any) -> Any:
-    """Another function of the same name, which must not be called."""
+def test_models_are_loaded_once_and_for_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
 
-    def refuses(**_: Any) -> None:
-        pytest.fail("asked again")
+    def load(source: str, **options: Any) -> Any:
+        loaded.append(source)
+        return load_model(source, **options)
 
-    refuses.__name__ = function.__name__
-    return refuses
+    monkeypatch.setattr(answers_module, "load_model", load)
+    # Equal texts, but not one object, as of a YAML file.
+    path = "".join([str(tiny.LM_PATH)])
+    systems = {"base": {"model": str(tiny.LM_PATH)}, "other": {"model": Path(path)}}
+    values = spec(systems=systems, comparisons=["other vs base"], judge={"rewards": "tiny/reward"})
+    first = evaluate(values, tmp_path, limit=2)
+    assert loaded == [str(tiny.LM_PATH)]
+    monkeypatch.setattr(RewardModel, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
+    assert evaluate(values, tmp_path, limit=2).comparisons == first.comparisons
+    assert loaded == [str(tiny.LM_PATH)]
+
+
+def named_length() -> Any:
+    """Another function of the same name."""
+
+    def length(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+    return length
 
 
 def test_other_settings_are_refused(found: tuple[Evaluation, Path]) -> None:
     before = {p: p.read_bytes() for p in found[1].rglob("*.jsonl")}
     with pytest.raises(ValueError, match="max_new_tokens was 12, is 13"):
         evaluate(spec(decoding={"max_new_tokens": 13}), found[1], limit=LIMIT)
-    other = spec()["judge"] | {"max_length": 9}
-    with pytest.raises(ValueError, match="max_length was None, is 9"):
+    other = spec()["judge"] | {"rewards": [named_length(), vowels]}
+    with pytest.raises(ValueError, match=r"rewards was \['.*:length sha256:.*, is \['.*length sha"):
         evaluate(spec(judge=other), found[1], limit=LIMIT)
     assert {p: p.read_bytes() for p in found[1].rglob("*.jsonl")} == before
 
@@ -195,17 +236,153 @@ def test_a_sum_and_a_verdict(tmp_path: Path) -> None:
     assert not one.by_reward
     evaluate(spec(**small, judge=judge), tmp_path / "said", limit=LIMIT)
     assert asked == [LIMIT]
-    judge["verdict"] = lambda prompts, ours, theirs: [1]
-    with pytest.raises(ValueError, match="gave 1 values for 6 pairs"):
-        evaluate(spec(**small, judge=judge), tmp_path / "bad", limit=LIMIT)
+
+
+async def thoughtful(prompts: list[Any], ours: list[str], theirs: list[str]) -> list[Any]:
+    return [1] * len(prompts)
+
+
+def broken(prompts: list[Any], ours: list[str], theirs: list[str]) -> list[Any]:
+    raise KeyError("score")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "message"),
+    [
+        (lambda p, a, b: [1], "judge.verdict <lambda> returned 1 values for 6"),
+        (lambda p, a, b: 1, "judge.verdict <lambda> returned int, expected a list"),
+        (lambda p, a, b: ["x"] * len(p), "judge.verdict <lambda> returned 'x' for sample 0"),
+        (lambda p, a: [1], "judge.verdict <lambda> cannot be called with three lists"),
+        (3, "judge.verdict=3 is not allowed"),
+        ("tiny/reward", "is not a function; a model gives no verdict"),
+        (broken, "score"),
+        (thoughtful, None),
+        (lambda p, a, b: np.ones(len(p)), None),
+        (lambda p, a, b: torch.ones(len(p)), None),
+    ],
+)
+def test_verdicts_of_every_form(verdict: Any, message: str | None, tmp_path: Path) -> None:
+    systems = {"base": {}, "mara": {"agent": "tiny/agent"}}
+    judge = {"verdict": verdict, "rule": "verdict"}
+    values = spec(systems=systems, comparisons=["mara vs base"], judge=judge)
+    values["decoding"] = {"max_new_tokens": 1}
+    if message is None:
+        [one] = evaluate(values, tmp_path, limit=LIMIT).comparisons
+        assert one.preference.num_won == LIMIT
+        return
+    with pytest.raises((ValueError, KeyError), match=message) as caught:
+        evaluate(values, tmp_path, limit=LIMIT)
+    if verdict is broken:
+        assert "judge.verdict broken" in caught.value.__notes__[0]
+
+
+def test_who_has_no_opinion_abstains(tmp_path: Path) -> None:
+    """Of a pair or of the samples; where no reward has one, the pair is tied."""
+
+    def silent(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> list[None]:
+        return [None] * len(completions)
+
+    systems = {"base": {}, "mara": {"agent": "tiny/agent"}}
+    judge = {"rewards": [silent], "rule": "sum"}
+    values = spec(systems=systems, comparisons=["mara vs base"], judge=judge)
+    [one] = evaluate(values, tmp_path, limit=3).comparisons
+    assert (one.preference.num_tied, one.by_reward["silent"].num_tied) == (3, 3)
+
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    plain = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert plain["systems"]["base"]["held-out"]["mean_scores"] == {"silent": None}
+    assert "| base, held-out | - |" in (tmp_path / "report.md").read_text()
+
+    nan = math.nan
+    checked = EvalSpec.from_dict(spec(judge={"rewards": [length, vowels], "rule": "sum"}))
+    ours = torch.tensor([[1.0, 1.0, 2.0], [nan, 5.0, -1.0]], dtype=torch.float64)
+    theirs = torch.tensor([[2.0, 2.0, 1.0], [-9.0, nan, 1.0]], dtype=torch.float64)
+    assert _ends(ours, theirs, checked).tolist() == [-1, -1, -1]
+    scores = torch.tensor([[[1.0, 2.0, 0.0]], [[9.0, nan, 0.0]]], dtype=torch.float64)
+    assert best_of(scores, (1.0, 1.0)).tolist() == [1]
+
+
+def test_an_agent_that_is_trained_anew_is_another(tmp_path: Path) -> None:
+    place = tmp_path / "agent"
+    shutil.copytree(tiny.AGENT_PATH, place)
+    systems = {"base": {}, "mara": {"agent": place}}
+    values = spec(systems=systems, comparisons=["mara vs base"], judge={"rewards": [length]})
+    evaluate(values, tmp_path / "out", limit=1)
+    agent = MaraAgent.from_pretrained(place)
+    with torch.no_grad():
+        agent.output_linear.bias += 1
+    agent.save_pretrained(place)
+    with pytest.raises(ValueError, match="agent was 'agent sha256:"):
+        evaluate(values, tmp_path / "out", limit=1)
+    # The same command but for --overwrite goes on with a run that was stopped early.
+    files = [p for p in (tmp_path / "out").rglob("*.jsonl")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "as_completed", lambda *a, **k: stopped())
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(values, tmp_path / "out", limit=1, overwrite=True)
+    assert len(files) == 4 and not any(p.read_bytes() for p in files)
+    evaluate(values, tmp_path / "out", limit=1)
+
+
+def stopped() -> Any:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
         ({"datasets": {"a": "nowhere.json"}}, FileNotFoundError, "no file at nowhere.json"),
-        ({"systems": {"base": {"model": "./none"}, "mara": {}}}, FileNotFoundError, "base.model"),
-        ({"systems": {"base": {}, "mara": {"agent": "./none"}}}, OSError, "none"),
+        (
+            {"systems": {"base": {"model": "./none"}, "mara": {}}},
+            FileNotFoundError,
+            r"systems\.base: model './none'",
+        ),
+        (
+            {"systems": {"base": {}, "mara": {"agent": "./none"}}},
+            FileNotFoundError,
+            r"systems\.mara: agent './none' is neither a folder nor on the hub",
+        ),
+        (
+            {"systems": {"base": {}, "mara": {"agent": MaraAgent(8, 8)}}},
+            ValueError,
+            "systems.mara: the agent judges states of size 8, but tiny has hidden size 128",
+        ),
+        (
+            {
+                "systems": {"base": {}, "mara": {"agent": "tiny/agent"}},
+                "decoding": {"agent_weights": [1, 2]},
+            },
+            ValueError,
+            "2 weights for 1 agent",
+        ),
+        ({"judge": {"rewards": [__file__]}}, ValueError, "names no function"),
+        ({"judge": {"rewards": [str(tiny.AGENT_PATH.parent)]}}, ValueError, "not the folder of a"),
+        ({"judge": {"rewards": ["./none"]}}, FileNotFoundError, "no such folder"),
+        (
+            {"judge": {"rewards": ["tiny/reward"], "device": "gpu"}},
+            ValueError,
+            "judge: device='gpu",
+        ),
+        (
+            {"judge": {"rewards": ["tiny/reward"], "dtype": "int8"}},
+            ValueError,
+            "judge: dtype='int8",
+        ),
+        (
+            {"judge": {"rewards": [lambda prompts: 1]}},
+            ValueError,
+            "reward function <lambda> cannot",
+        ),
+        ({"engine": {"dtype": "int8"}}, ValueError, "engine: dtype='int8'"),
+        ({"engine": {"max_batch_size": 0}}, ValueError, "engine.max_batch_size=0"),
+        ({"decoding": {"max_new_tokens": 10**6}}, ValueError, r"tiny, instruction 0: prompt 0 has"),
+        (
+            {"paper": {"mara vs base": {"held-out": {"longer": 3}}}},
+            ValueError,
+            "names 'longer', which is not judged by; allowed: preference, long, dry",
+        ),
         ({"decoding": {"top_p": 3}}, ValueError, "top_p=3"),
         ({"judge": {"rewards": ["nothing:here"]}}, ValueError, "nothing:here"),
     ],
@@ -224,15 +401,81 @@ def test_what_is_wrong_is_said_before_any_work(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("row", "changes", "message"),
+    [
+        (
+            {"prompt": "\ud800"},
+            {},
+            r"data set mine, .*record 1: prompt 'x' holds half.*\(systems.base\)",
+        ),
+        ({"prompt": "a " * 5000}, {}, "record 1: prompt 'x' has .* tokens"),
+        ({"prompt": [5, 6]}, {}, "record 1: prompt 'x' is token ids; rewards read texts and chats"),
+        (
+            {"prompt": [{"role": "system", "content": "a"}]},
+            {"base": {}, "mara": {"corrects": "base"}},
+            "record 1: prompt 'x'.*has no question of a user",
+        ),
+        ({"prompt": "b", "id": "0"}, {}, r"record 1 has id '0', .*record 0 has 0; ids must differ"),
+        ({"prompt": "b", "progress": 1}, {}, "has a column 'progress', which reward functions"),
+        ({"prompt": "b", "completions": 1}, {}, "has a column 'completions', which reward"),
+    ],
+)
+def test_prompts_are_checked_before_any_work(
+    row: dict[str, Any],
+    changes: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(answers_module, "load_model", lambda *a, **k: pytest.fail("loaded"))
+    columns = {name: 1 for name in row if name not in ("prompt", "id")}
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"prompt": "a"} | columns, {"id": "x"} | row]))
+    values = spec(
+        datasets={"mine": str(path)},
+        systems=changes or {"base": {}, "mara": {}},
+        comparisons=["mara vs base"],
+    )
+    with pytest.raises(ValueError, match=message):
+        evaluate(values, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_output_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output, work in (("file", None), ("file/below", None), ("out", "file")):
+        with pytest.raises(ValueError, match=r"is not allowed as a folder: .*file is a file"):
+            evaluate(spec(), tmp_path / output, work=work and tmp_path / work, limit=1)
+    with pytest.raises(ValueError, match=r"paths=.* has no effect"):
+        evaluate(EvalSpec.from_dict(spec()), tmp_path / "out", paths={"a": "b"}, limit=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("answers", {"stats": 3}),
+        ("scores", {"scores": {"a": "x"}}),
+    ],
+)
+def test_damaged_lines_are_named(kind: str, line: dict[str, Any], tmp_path: Path) -> None:
+    values = spec(systems={"base": {}, "mara": {}}, comparisons=["mara vs base"])
+    evaluate(values, tmp_path, limit=1)
+    path = tmp_path / kind / "base/held-out.jsonl"
+    [before] = lines(path)
+    path.write_text(json.dumps(before | line | {"prompt": before["prompt"]}) + "\n")
+    with pytest.raises(ValueError, match=r"base/held-out\.jsonl, line 1 is damaged"):
+        evaluate(values, tmp_path, limit=1)
+
+
 def test_a_killed_run_goes_on(found: tuple[Evaluation, Path], tmp_path: Path) -> None:
     """Killed amid the answers: what it has stays, byte by byte, and the rest is the same."""
-    module = Path(__file__).stem
     code = (
-        f"import {module} as t; from mara_fast.evaluation.evaluate import evaluate; "
+        f"import {__name__} as t; from mara_fast.evaluation.evaluate import evaluate; "
         f"evaluate(t.spec(), {str(tmp_path)!r}, limit={LIMIT})"
     )
     root = Path(__file__).parents[2]
-    places = (root, root / "kernels", root / "train", root / "tests", Path(__file__).parent)
+    places = (root, root / "kernels", root / "train", root / "tests")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, places))}
     process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     path = tmp_path / "answers/best/held-out.jsonl"
@@ -242,7 +485,7 @@ def test_a_killed_run_goes_on(found: tuple[Evaluation, Path], tmp_path: Path) ->
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert process.wait() == -signal.SIGKILL
     kept = path.read_bytes()
     whole = kept[: kept.rfind(b"\n") + 1]
     again = evaluate(spec(), tmp_path, limit=LIMIT)
@@ -252,4 +495,4 @@ def test_a_killed_run_goes_on(found: tuple[Evaluation, Path], tmp_path: Path) ->
 
 def test_from_the_package() -> None:
     assert mara_fast.evaluate is evaluate
-    assert outcomes is not None
+    assert mara_fast.evaluation.outcomes is outcomes
