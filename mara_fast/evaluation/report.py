@@ -5,12 +5,13 @@ page draws too.
 """
 
 import html
-import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from mara_fast.evaluation.datasets import counts
 from mara_fast.evaluation.spec import PREFERENCE
 from mara_fast.outputs import DecodingStats
 
@@ -84,17 +85,18 @@ class Figure:
 
 def markdown(*evaluations: "Evaluation", title: str | None = None) -> str:
     """The report as Markdown; of several evaluations under a title."""
-    lines = [] if title is None else [f"# {title}", ""]
+    lines = [] if title is None else [f"# {_inline(title)}", ""]
     level = "#" if title is None else "##"
     for evaluation in evaluations:
-        lines += [f"{level} {evaluation.spec.name}", "", _made(evaluation), ""]
+        lines += [f"{level} {_inline(evaluation.spec.name)}", "", _made(evaluation), ""]
         for table in tables(evaluation):
             lines += [f"{level}# {table.title}", "", table.caption, ""]
             lines += [_line(table.columns), _line(["---", *["---:"] * (len(table.columns) - 1)])]
             lines += [_line([str(cell) for cell in row]) for row in table.rows]
             lines.append("")
         if evaluation.spec.notes:
-            lines += [f"{level}# Notes", "", *(f"- {note}" for note in evaluation.spec.notes), ""]
+            notes = (f"- {_one_line(note)}" for note in evaluation.spec.notes)
+            lines += [f"{level}# Notes", "", *notes, ""]
     return "\n".join(lines)
 
 
@@ -112,10 +114,12 @@ def page(
     for evaluation in evaluations:
         head = "" if title is None else f"<h2>{_escaped(evaluation.spec.name)}</h2>"
         parts.append(f"{head}<p>{_escaped(_made(evaluation))}</p>")
-        parts += [_section(table) for table in tables(evaluation)]
+        # No level is left out: with a title there is one between it and the tables.
+        level = "h2" if title is None else "h3"
+        parts += [_section(table, level) for table in tables(evaluation)]
         if evaluation.spec.notes:
             notes = "".join(f"<li>{_escaped(note)}</li>" for note in evaluation.spec.notes)
-            parts.append(f"<section><h3>Notes</h3><ul>{notes}</ul></section>")
+            parts.append(f"<section><{level}>Notes</{level}><ul>{notes}</ul></section>")
     style = files("mara_fast.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     return (
         "<!doctype html>\n<html lang=en><head><meta charset=utf-8>"
@@ -125,7 +129,7 @@ def page(
     )
 
 
-def _section(table: Table) -> str:
+def _section(table: Table, level: str) -> str:
     head = "".join(f"<th scope=col>{_escaped(name)}</th>" for name in table.columns)
     body = "".join(
         f"<tr><th scope=row>{_drawn(row[0])}</th>"
@@ -134,8 +138,10 @@ def _section(table: Table) -> str:
         for row in table.rows
     )
     return (
-        f"<section><h3>{_escaped(table.title)}</h3><p>{_escaped(table.caption)}</p>"
-        f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        f"<section><{level}>{_escaped(table.title)}</{level}><p>{_escaped(table.caption)}</p>"
+        # Who has no mouse scrolls what is focused.
+        f'<div class=wide tabindex=0 role=region aria-label="{_escaped(table.title)}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         "</div></section>"
     )
 
@@ -143,12 +149,14 @@ def _section(table: Table) -> str:
 def for_terminal(table: Table) -> "rich.table.Table":
     """A table as rich prints it."""
     from rich.table import Table as RichTable
+    from rich.text import Text
 
-    shown = RichTable(title=table.title, title_justify="left", caption=None)
+    # Not texts: rich reads names in brackets as markup.
+    shown = RichTable(title=Text(table.title), title_justify="left", caption=None)
     for index, name in enumerate(table.columns):
-        shown.add_column(name, justify="right" if index else "left")
+        shown.add_column(Text(name), justify="right" if index else "left")
     for row in table.rows:
-        shown.add_row(*map(str, row))
+        shown.add_row(*(Text(str(cell)) for cell in row))
     return shown
 
 
@@ -182,7 +190,10 @@ def _preferences(evaluation: "Evaluation") -> Table:
         title="Preference rate",
         caption="(won - lost) / all pairs in %, with its 95 % interval by the bootstrap; a pair "
         f"is {rule}.",
-        columns=("", *(f"{name} (n = {evaluation.num_prompts[name][0]})" for name in datasets)),
+        columns=(
+            "comparison",
+            *(f"{name} (n = {evaluation.num_prompts[name][0]})" for name in datasets),
+        ),
         rows=tuple(rows),
     )
 
@@ -202,20 +213,13 @@ def _details(evaluation: "Evaluation") -> Table:
         title="By reward",
         caption="The same rate by each reward alone; the pairs behind the preference rate, and p "
         "of the two-sided sign test on them.",
-        columns=("", *labels, "won / tied / lost", "p"),
+        columns=("comparison, data set", *labels, "won / tied / lost", "p"),
         rows=rows,
     )
 
 
 def _systems(evaluation: "Evaluation") -> Table:
-    names = list(
-        dict.fromkeys(
-            name
-            for by_dataset in evaluation.mean_scores.values()
-            for scores in by_dataset.values()
-            for name in scores
-        )
-    )
+    names = evaluation.reward_names
     rows = []
     for system, by_dataset in evaluation.answers.items():
         for dataset, answers in by_dataset.items():
@@ -233,13 +237,25 @@ def _systems(evaluation: "Evaluation") -> Table:
                     str(answers.num_failed),
                 )
             )
-    rewards = [f"mean {name}" for name in names]
+    # Scores are shown as they are, costs too.
+    rewards = [
+        f"mean {name}" + (", lower is better" if weight < 0 else "")
+        for name, weight in zip(names, evaluation.spec.judge.weights, strict=True)
+    ]
     return Table(
         title="Systems",
         caption="Mean scores of the answers given; of the positions where the agent decides, how "
         "often it accepts rank 0, one of the first three, and none; forwards of the language model "
-        "per token; answers that ended in an error.",
-        columns=("", *rewards, "rank 0", "first three", "none", "forwards", "errors"),
+        "per token; answers that ended in an error, which count as empty.",
+        columns=(
+            "system, data set",
+            *rewards,
+            "rank 0",
+            "first three",
+            "none",
+            "forwards",
+            "errors",
+        ),
         rows=tuple(rows),
     )
 
@@ -257,7 +273,7 @@ def _ranks(evaluation: "Evaluation") -> Table:
     return Table(
         title="Accepted ranks",
         caption="Of all acceptances, by the candidate's probability rank (the paper's Figure 3).",
-        columns=("", *(f"rank {rank}" for rank in range(_NUM_RANKS))),
+        columns=("system", *(f"rank {rank}" for rank in range(_NUM_RANKS))),
         rows=tuple(rows),
     )
 
@@ -265,11 +281,10 @@ def _ranks(evaluation: "Evaluation") -> Table:
 def _made(evaluation: "Evaluation") -> str:
     made = evaluation.made
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
-    counts = "; ".join(
-        f"{name}: {unique} unique prompts of {rows} rows"
-        for name, (unique, rows) in evaluation.num_prompts.items()
+    prompts = "; ".join(
+        f"{name}: {counts(*numbers)}" for name, numbers in evaluation.num_prompts.items()
     )
-    return f"{made['date']}, {made['hardware']}, {versions}. {counts}."
+    return f"{made['date']}, {made['hardware']}, {versions}. {prompts}."
 
 
 def _bar(rate: "Rate", paper: float | None = None) -> Bar:
@@ -281,11 +296,20 @@ def _signed(rate: float) -> str:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None or math.isnan(value) else format(value, form)
+    return "-" if value is None else format(value, form)
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split()).replace("<", "&lt;")
+
+
+def _inline(text: str) -> str:
+    """A name in Markdown: on one line, and none of it markup."""
+    return re.sub(r"([\\`*_\[\]#])", r"\\\1", _one_line(text))
 
 
 def _escaped(text: str) -> str:
