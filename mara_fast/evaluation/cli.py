@@ -19,11 +19,11 @@ app = typer.Typer(
     "eval",
     epilog="""[bold]Examples[/bold]
 
-    mara-fast eval benchmarks/paper/tiny.yaml -o tiny-report
+    mara-fast eval benchmarks/paper/table1.yaml --dry-run         Check files, models and prompts
 
-    mara-fast eval benchmarks/paper/table1.yaml -o table1 --path llama-3.1-8b=/weights/llama
+    mara-fast eval benchmarks/paper/table1.yaml -o table1 --path "Llama 3.1-8B=/weights/llama"
 
-    mara-fast eval spec.yaml -o trial --limit 20                  20 prompts of each data set
+    mara-fast eval benchmarks/paper/table1.yaml -o trial --limit 20     20 prompts of each data set
 """,
 )
 def evaluate(
@@ -31,8 +31,9 @@ def evaluate(
         Path, typer.Argument(metavar="SPEC", help="YAML of systems, data sets and a judge.")
     ],
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder of answers, scores and the report.")
-    ],
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of answers, scores and the report."),
+    ] = None,
     work: Annotated[
         Path | None,
         typer.Option(
@@ -58,7 +59,9 @@ def evaluate(
         from rich.console import Console
 
         from mara_fast.evaluation import report
-        from mara_fast.evaluation.evaluate import check, evaluate
+        from mara_fast.evaluation.datasets import counts
+        from mara_fast.evaluation.evaluate import evaluate
+        from mara_fast.evaluation.plan import make_plan
         from mara_fast.evaluation.spec import EvalSpec
 
         paths = {}
@@ -70,20 +73,24 @@ def evaluate(
         spec = EvalSpec.read(spec_path, paths=paths)
         console = Console()
         if dry_run:
-            for dataset in check(spec, limit=limit):
-                typer.echo(
-                    f"{dataset.name}: {len(dataset.records)} unique prompts of {dataset.num_rows}"
-                )
+            folders = [folder for folder in (output, work) if folder is not None]
+            for dataset in make_plan(spec, limit=limit, folders=folders).datasets:
+                numbers = len(dataset.records), dataset.num_unique, dataset.num_rows
+                typer.echo(f"{dataset.name}: {counts(*numbers)}")
             for name, system in spec.systems.items():
                 typer.echo(
                     f"{name}: {system.model}" + (f", agent {system.agent}" * bool(system.agent))
                 )
             return
+        if output is None:
+            raise ValueError("--output is missing: a folder for answers, scores and the report")
         try:
             found = evaluate(spec, output, limit=limit, overwrite=overwrite, work=work)
         except KeyboardInterrupt:
             typer.echo(
-                f"interrupted: what is there is in {output}; the same command goes on", err=True
+                f"interrupted: what is there is in {work or output}; the same command"
+                f"{' without --overwrite' * overwrite} goes on",
+                err=True,
             )
             raise typer.Exit(130) from None
         for table in report.tables(found):
