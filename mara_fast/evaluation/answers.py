@@ -95,11 +95,8 @@ def _answer(
                 )
             # Of what corrects: how long an answer would be was not known before.
             except PromptError as error:
-                record = todo[error.index]
-                raise ValueError(
-                    f"data set {dataset.name}, {record.where}: prompt {record.id!r}{error.problem} "
-                    f"(systems.{name})"
-                ) from error
+                place = dataset.place(todo[error.index])
+                raise ValueError(f"{place}{error.problem} (systems.{name})") from error
             for index, generation in run:
                 results.write(todo[index].id, generation)
                 bar.update()

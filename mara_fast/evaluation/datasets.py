@@ -21,6 +21,10 @@ class Dataset:
     num_rows: int
     """Before prompts that occur twice were left out."""
 
+    def place(self, record: PromptRecord) -> str:
+        """Of a record, for messages."""
+        return f"data set {self.name}, {record.where}: prompt {record.id!r}"
+
 
 def counts(num_evaluated: int, num_unique: int, num_rows: int) -> str:
     """What is said of the prompts of a data set."""

@@ -199,13 +199,10 @@ def _agents(system: SystemSpec) -> list[MaraAgent]:
         if isinstance(agent, str):
             try:
                 agent = MaraAgent.from_pretrained(agent)
-            except ValueError:
-                raise
-            # What the hub says differs with its version, and with the network.
-            except Exception as error:
-                raise FileNotFoundError(
-                    f"agent {agent!r} is neither a folder nor on the hub: {error}"
-                ) from error
+            except OSError as error:
+                # In a folder something is missing, and the error says what.
+                what = "" if os.path.isdir(agent) else " is neither a folder nor on the hub"
+                raise FileNotFoundError(f"agent {agent!r}{what}: {error}") from error
         if agent:
             found.append(agent)
     return found
@@ -214,37 +211,29 @@ def _agents(system: SystemSpec) -> list[MaraAgent]:
 def _check_prompts(
     name: str, system: SystemSpec, dataset: Dataset, config: DecodingConfig, model: _Model
 ) -> None:
-    def at(index: int, problem: str) -> ValueError:
-        record = dataset.records[index]
-        return ValueError(
-            f"data set {dataset.name}, {record.where}: prompt {record.id!r}{problem} "
-            f"(systems.{name})"
-        )
-
     prompts = []
-    for index, record in enumerate(dataset.records):
+    for record in dataset.records:
         prompt = record.prompt
         if system.corrects is not None:
             try:
                 # At least as long as this it is going to be.
                 prompt = system.asked(prompt, "")
             except ValueError as error:
-                raise at(index, f": {error}") from error
+                raise ValueError(f"{dataset.place(record)}: {error} (systems.{name})") from error
         prompts.append(prompt)
-    with _named(f"systems.{name}"):
-        try:
-            encode_that_fit(
-                prompts,
-                config,
-                tokenizer=model.tokenizer,
-                vocab_size=model.config.vocab_size,
-                max_length=model.max_length,
-            )
-        except PromptError as error:
-            problem = at(error.index, error.problem)
-        else:
-            return
-    raise problem
+    try:
+        encode_that_fit(
+            prompts,
+            config,
+            tokenizer=model.tokenizer,
+            vocab_size=model.config.vocab_size,
+            max_length=model.max_length,
+        )
+    except PromptError as error:
+        place = dataset.place(dataset.records[error.index])
+        raise ValueError(f"{place}{error.problem} (systems.{name})") from error
+    except ValueError as error:
+        raise ValueError(f"systems.{name}: {error}") from error
 
 
 def _check_labels(spec: EvalSpec, names: Sequence[str]) -> None:

@@ -90,8 +90,7 @@ class Judge:
             for record in dataset.records if self._sources else ():
                 if not (isinstance(record.prompt, str) or is_chat(record.prompt)):
                     raise ValueError(
-                        f"data set {dataset.name}, {record.where}: prompt {record.id!r} is token "
-                        "ids; rewards read texts and chats"
+                        f"{dataset.place(record)} is token ids; rewards read texts and chats"
                     )
             try:
                 if self._ready is not None:

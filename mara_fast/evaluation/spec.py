@@ -190,6 +190,8 @@ class JudgeSpec:
     rule "all"      won where every reward is better, lost where every one is worse, else tied
     rule "sum"      the sign of the difference of Σ weight · reward
     rule "verdict"  what ``verdict`` says
+
+    A reward that has no opinion on one of two answers abstains from the pair.
     """
 
     rewards: tuple[Any, ...] = ()
