@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -71,6 +72,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
     return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def text_of_path(value: Any) -> Any:
+    """Paths as texts, also in a list; anything else as it is."""
+    if isinstance(value, list | tuple):
+        return [text_of_path(one) for one in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def several(value: Any, one: type) -> tuple:

@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from mara_fast.engine import Engine
 from mara_fast.evaluation.datasets import Dataset
 from mara_fast.evaluation.plan import Plan
-from mara_fast.evaluation.spec import EvalSpec, SystemSpec
+from mara_fast.evaluation.spec import EvalSpec
+from mara_fast.evaluation.system import SystemSpec
 from mara_fast.jsonl import PromptRecord, ResultFile, read_results
 from mara_fast.loading import load_model, load_tokenizer
 from mara_fast.outputs import DecodingStats, Generation

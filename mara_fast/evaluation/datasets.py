@@ -1,12 +1,52 @@
 """The prompts of an evaluation, each once: the paper counts unique ones (199, 700, 488)."""
 
 import random
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from mara_fast.evaluation.spec import TINY_HALVES, DatasetSpec
 from mara_fast.jsonl import PromptRecord, check_prompt, json_line, read_prompts
+from mara_fast.options import check, is_int, plain, text_of_path
 from mara_fast.tiny.grammar import instructions
+
+TINY_HALVES: dict[str, bool | None] = {"tiny": None, "tiny/benign": False, "tiny/harmful": True}
+"""The instructions of the tiny world by name: all, those that are harmful or those that are not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSpec:
+    """Prompts: of a file, of a data set on the hub, or of the tiny world."""
+
+    path: str | None = None
+    """JSON or JSONL of objects with prompt, messages or instruction; or ``tiny``, the held-out
+    instructions of the tiny world, ``tiny/benign`` or ``tiny/harmful``, a half of them."""
+    hub: str | None = None
+    """Hub id; needs the package datasets."""
+    name: str | None = None
+    """Configuration of the data set on the hub."""
+    split: str = "test"
+    column: str = "prompt"
+    """Of the prompts."""
+    sample: int | None = None
+    """So many of the unique prompts, drawn at random, the same every time; None: all."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", text_of_path(self.path))
+        object.__setattr__(self, "sample", plain(self.sample))
+        for name in ("path", "hub", "name", "split", "column"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (value is not None or name in ("split", "column")):
+                raise ValueError(f"{name}={value!r} is not allowed; allowed: a text")
+        if self.sample is not None:
+            check("sample", self.sample, is_int, "an integer >= 1", minimum=1)
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("a data set has a path, or a hub id: one of the two is needed")
+        for name, default in (("name", None), ("split", "test"), ("column", "prompt")):
+            if self.path is not None and getattr(self, name) != default:
+                warnings.warn(
+                    f"{name}={getattr(self, name)!r} has no effect: the data set is a file",
+                    stacklevel=2,
+                )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,8 @@ from mara_fast.engine import encode_that_fit
 from mara_fast.evaluation.datasets import Dataset, load_dataset
 from mara_fast.evaluation.fingerprint import Fingerprints
 from mara_fast.evaluation.scores import Judge
-from mara_fast.evaluation.spec import PREFERENCE, EvalSpec, SystemSpec
+from mara_fast.evaluation.spec import PREFERENCE, EvalSpec
+from mara_fast.evaluation.system import SystemSpec
 from mara_fast.language_model import max_positions
 from mara_fast.loading import (
     TINY,

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from mara_fast.evaluation.datasets import Dataset
 from mara_fast.evaluation.fingerprint import Fingerprints
-from mara_fast.evaluation.spec import JudgeSpec
+from mara_fast.evaluation.judge import JudgeSpec
 from mara_fast.jsonl import PromptRecord, ResultFile, read_results
 from mara_fast.loading import choose_device, choose_dtype
 from mara_fast.prompts import is_chat

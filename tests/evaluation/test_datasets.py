@@ -10,8 +10,7 @@ from typer.testing import CliRunner
 
 from golden import golden_folder
 from mara_fast.evaluation.cli import app
-from mara_fast.evaluation.datasets import load_dataset
-from mara_fast.evaluation.spec import DatasetSpec
+from mara_fast.evaluation.datasets import DatasetSpec, load_dataset
 
 SHARED = golden_folder()
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from mara_fast import DecodingConfig
-from mara_fast.evaluation.spec import DatasetSpec, EvalSpec, SystemSpec
+from mara_fast.evaluation.datasets import DatasetSpec
+from mara_fast.evaluation.spec import EvalSpec
+from mara_fast.evaluation.system import SystemSpec
 from mara_fast.options import from_yaml
 from mara_fast.tiny import AGENT_PATH
 
