@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 import mara_fast.evaluation
 from mara_fast import Engine, MaraAgent, tiny
@@ -26,6 +27,7 @@ from mara_fast.evaluation.spec import EvalSpec
 from mara_fast.loading import load_model
 from mara_fast.rewards import RewardModel, Rewards
 
+REWARD_PATH = tiny.AGENT_PATH.parent / "reward"
 LIMIT = 6
 DECODING = {"max_new_tokens": 12}
 
@@ -190,6 +192,34 @@ def test_models_are_loaded_once_and_for_what_is_missing(
     monkeypatch.setattr(RewardModel, "from_pretrained", lambda *a, **k: pytest.fail("loaded"))
     assert evaluate(values, tmp_path, limit=2).comparisons == first.comparisons
     assert loaded == [str(tiny.LM_PATH)]
+    # Named as the reward names itself, once it is loaded.
+    assert set(lines(tmp_path / "scores/base/held-out.jsonl")[0]["scores"]) == {"reward"}
+    assert first.reward_names == ("reward",)
+    for option, message in (
+        ({"max_length": 9}, "max_length was None, is 9"),
+        ({"dtype": "float64"}, "dtype was 'torch.float32', is 'torch.float64'"),
+    ):
+        values["judge"] = {"rewards": "tiny/reward"} | option
+        with pytest.raises(ValueError, match=message):
+            evaluate(values, tmp_path, limit=2)
+
+
+def test_models_agents_and_rewards_that_are_loaded(tmp_path: Path) -> None:
+    """Each is known by its weights: the same objects, loaded anew, go on; others do not."""
+    model, _ = tiny.load()
+    rewards = [AutoModelForSequenceClassification.from_pretrained(REWARD_PATH), length]
+
+    def values(agents: list[Any]) -> dict[str, Any]:
+        systems = {"base": {"model": model}, "mara": {"model": model, "agent": agents}}
+        return spec(systems=systems, comparisons=["mara vs base"], judge={"rewards": rewards})
+
+    agent = MaraAgent.from_pretrained(tiny.AGENT_PATH)
+    found = evaluate(values([agent, MaraAgent(128, 16)]), tmp_path / "two", limit=2)
+    assert found.reward_names == ("reward", "length")
+    evaluate(values([agent]), tmp_path / "one", limit=2)
+    evaluate(values([MaraAgent.from_pretrained(tiny.AGENT_PATH)]), tmp_path / "one", limit=2)
+    with pytest.raises(ValueError, match=r"agent was \['MaraAgent sha256:.*, is \['MaraAgent sha"):
+        evaluate(values([MaraAgent(128, 16)]), tmp_path / "one", limit=2)
 
 
 def named_length() -> Any:
