@@ -111,7 +111,11 @@ class Evaluation:
                 "max_length": judge.max_length,
                 "settings": dict(self.judge_settings),
             },
-            "decoding": dict(self.spec.decoding),
+            # numpy's numbers and arrays are allowed there.
+            "decoding": {
+                name: value.tolist() if hasattr(value, "tolist") else value
+                for name, value in self.spec.decoding.items()
+            },
             "limit": self.limit,
             "num_prompts": {
                 name: {"evaluated": evaluated, "unique": unique, "rows": rows}

@@ -315,6 +315,7 @@ def test_who_has_no_opinion_abstains(tmp_path: Path) -> None:
     systems = {"base": {}, "mara": {"agent": "tiny/agent"}}
     judge = {"rewards": [silent], "rule": "sum"}
     values = spec(systems=systems, comparisons=["mara vs base"], judge=judge)
+    values["decoding"] = {"max_new_tokens": np.int64(3), "eos_token_id": np.array([2])}
     [one] = evaluate(values, tmp_path, limit=3).comparisons
     assert (one.preference.num_tied, one.by_reward["silent"].num_tied) == (3, 3)
 
@@ -323,6 +324,7 @@ def test_who_has_no_opinion_abstains(tmp_path: Path) -> None:
 
     plain = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
     assert plain["systems"]["base"]["held-out"]["mean_scores"] == {"silent": None}
+    assert plain["decoding"] == {"max_new_tokens": 3, "eos_token_id": [2]}
     assert "| base, held-out | - |" in (tmp_path / "report.md").read_text()
 
     nan = math.nan
