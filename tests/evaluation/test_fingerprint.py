@@ -100,3 +100,20 @@ def test_loaded_modules_by_their_weights() -> None:
     assert of(tiny.load()[0]) == before != of(tiny.load(dtype="float64")[0])
     model.generation_config.eos_token_id = 5
     assert of(model) != before
+
+
+def test_large_files_by_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mara_fast.evaluation.fingerprint._BLOCK", 16)
+    weights = bytearray(range(256)) * 40
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    found = [of(str(tmp_path))]
+    # Its head, its end, every weight a little, one more.
+    for changed in (
+        b"x" + weights[1:],
+        weights[:-1] + b"x",
+        bytes((byte + 1) % 256 for byte in weights),
+        weights + b"x",
+    ):
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        found.append(of(str(tmp_path)))
+    assert len(set(found)) == 5
