@@ -1,7 +1,7 @@
 """Reader of the optional golden vectors: outputs of the MARA authors' code on tiny models.
 
-They are found in the folder named by the environment variable MARA_FAST_GOLDEN; every test that
-needs them is skipped without.
+They are found in the folder named by the environment variable MARA_FAST_GOLDEN, else in
+`../shared/data/golden` beside the repository; every test that needs them is skipped without.
 Models, actors, recorded decode runs, traces of whole candidate sets, and truncation cases.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+_REPOSITORY = Path(__file__).resolve().parents[1]
 # Why a test is skipped.
 MISSING = "no golden vectors (set MARA_FAST_GOLDEN to their folder)"
 
@@ -23,7 +24,8 @@ MISSING = "no golden vectors (set MARA_FAST_GOLDEN to their folder)"
 def golden_folder() -> Path | None:
     """The folder of golden vectors, or None when there is none."""
     named = os.environ.get("MARA_FAST_GOLDEN")
-    return Path(named) if named and Path(named).is_dir() else None
+    folder = Path(named) if named else _REPOSITORY.parent / "shared" / "data" / "golden"
+    return folder if folder.is_dir() else None
 
 
 def model_names() -> list[str]:
