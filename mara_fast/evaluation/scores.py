@@ -1,6 +1,6 @@
 """What the judge says of every answer, in files that a stopped run goes on from.
 
-    <folder>/scores/<system>/<data set>.jsonl        {"id", "prompt": [prompt, answer], "scores"}
+    <folder>/scores/<system>/<data set>.jsonl        {"id", "prompt": [prompt, answer, columns], "scores"}
     <folder>/verdicts/<a> vs <b>/<data set>.jsonl    {"id", "prompt": [prompt, a, b], "verdict"}
 
 Shapes: N prompts, M samples of each, R rewards.
@@ -109,19 +109,21 @@ class Judge:
             samples: answers to each prompt, M texts.
             folder: of answers and scores.
         """
+        columns = self._columns(dataset)
+        # What the rewards see of a sample.
         records = [
-            PromptRecord(f"{record.id}#{sample}", [record.prompt, text], 0, record.columns)
+            PromptRecord(f"{record.id}#{sample}", [record.prompt, text, seen], 0)
             for record, texts in zip(dataset.records, samples, strict=True)
+            for seen in ({name: record.columns[name] for name in columns},)
             for sample, text in enumerate(texts)
         ]
-        columns = self._columns(dataset)
         found = self._found(
             scores_path(folder, system, dataset.name),
             records,
             self._score_settings(),
             holds="scores",
             parse=self._read_scores,
-            judge=lambda chunk: self._score(chunk, columns),
+            judge=self._score,
             title=f"scores of {system} on {dataset.name}",
         )
         table = torch.tensor(found, dtype=torch.float64)  # [N M, R]
@@ -137,7 +139,7 @@ class Judge:
     ) -> Tensor:
         """1 where ours is better, -1 where theirs is, else 0; int64 [N]."""
         records = [
-            PromptRecord(record.id, [record.prompt, *texts], 0, record.columns)
+            PromptRecord(record.id, [record.prompt, *texts], 0)
             for record, *texts in zip(dataset.records, ours, theirs, strict=True)
         ]
         found = self._found(
@@ -225,14 +227,10 @@ class Judge:
         found = read_results(path, parse)
         return [found[record.id] for record in records]
 
-    def _score(
-        self, records: Sequence[PromptRecord], columns: Sequence[str]
-    ) -> list[dict[str, float | None]]:
-        prompts, texts = zip(*(record.prompt for record in records), strict=True)
-        values: dict[str, Any] = {
-            name: [record.columns[name] for record in records] for name in columns
-        }
-        scores = self.rewards.score(list(prompts), list(texts), **values).by_name
+    def _score(self, records: Sequence[PromptRecord]) -> list[dict[str, float | None]]:
+        prompts, texts, seen = map(list, zip(*(record.prompt for record in records), strict=True))
+        columns: dict[str, Any] = {name: [one[name] for one in seen] for name in seen[0]}
+        scores = self.rewards.score(prompts, texts, **columns).by_name
         del scores[self.rewards.names[-1]]
         return [
             {name: _plain(values[place]) for name, values in scores.items()}

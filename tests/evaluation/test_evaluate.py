@@ -105,7 +105,7 @@ def test_rates_are_those_of_the_scores(found: tuple[Evaluation, Path]) -> None:
         by_prompt: dict[str, list[dict[str, float]]] = {}
         scored = {line["id"]: line for line in lines(folder / f"scores/{system}/held-out.jsonl")}
         for key, line in scored.items():
-            prompt, text = line["prompt"]
+            prompt, text, _ = line["prompt"]
             scores = line["scores"]
             assert scores["length"] == len(text)
             assert scores["vowels"] == vowels([prompt], [text])[0]
