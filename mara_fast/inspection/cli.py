@@ -96,7 +96,7 @@ def inspect(
         results, settings = read_results(input_path, ids or ()), read_settings(input_path)
         most = counterfactuals or 0
         if most:
-            engine = _engine(model or settings.get("model", "tiny"), False, options)
+            engine = _engine(model or _recorded_model(settings, input_path), False, options)
     else:
         prompt = cli.stdin_prompt() if prompt is None else prompt
         engine = _engine(model or "tiny", agent, options)
@@ -126,6 +126,14 @@ def _check_page(html: Path | None, input_path: Path | None, *, overwrite: bool) 
         raise ValueError(f"{html} exists; name another file, or give --overwrite")
 
 
+def _recorded_model(settings: dict[str, Any], input_path: Path) -> str:
+    """The model that a file says it was made by: another would continue what it never said."""
+    model = settings.get("model")
+    if not isinstance(model, str):
+        raise ValueError(f"{input_path}: the model that made these is not recorded: give --model")
+    return model
+
+
 def _engine(model: str, agent: Any, options: dict[str, Any]) -> "Engine":
     from mara_fast.data_parallel import EngineOptions
 
@@ -141,7 +149,11 @@ def _continued(
     from mara_fast.inspection.results import TracedResult
 
     generations = with_counterfactuals(
-        [result.generation for result in results], engine, num_tokens=num_tokens, most=most
+        [result.generation for result in results],
+        engine,
+        num_tokens=num_tokens,
+        most=most,
+        ids=[result.id for result in results],
     )
     return [
         TracedResult(id=result.id, generation=generation)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 import mara_fast
 import mara_fast.cli
 import speaker
-from mara_fast import Generation
+from mara_fast import Engine, Generation
 from mara_fast.cli import app as main
 from mara_fast.data_parallel import EngineOptions
 from mara_fast.inspection.cli import app
@@ -114,7 +114,12 @@ def test_a_page(tmp_path: Path) -> None:
     assert page.read_text() != before
 
 
-def test_a_file(spoken: list[Generation], engines: list[EngineOptions], tmp_path: Path) -> None:
+def test_a_file(
+    spoken: list[Generation],
+    engines: list[EngineOptions],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     path = results_file(tmp_path / "results.jsonl", *spoken)
     result = run("-i", path, "--json")
     assert [Generation.from_dict(record) for record in lines(result.stdout)] == spoken
@@ -128,6 +133,9 @@ def test_a_file(spoken: list[Generation], engines: list[EngineOptions], tmp_path
     assert engines == [EngineOptions(model="org/model", agent=False)]
     for record in lines(more.stdout):
         assert len(record["counterfactuals"]) <= 1
+    # What another model says is not their continuation.
+    monkeypatch.setattr(mara_fast.cli, "load_engine", lambda *a, **o: Engine("tiny", False))
+    assert "result 'p0' was made by another model" in fails("-i", path, "--counterfactuals", 1)
     page = tmp_path / "page.html"
     assert run("-i", path, "--html", page).exit_code == OK
     assert '["model","org/model"]' in page.read_text() and '"id":"p3"' in page.read_text()
@@ -149,6 +157,8 @@ def test_files_refused(spoken: list[Generation], tmp_path: Path) -> None:
     [untraced] = speaker.engine().generate("Hi", max_new_tokens=2)
     path = results_file(tmp_path / "plain.jsonl", untraced)
     more = ("--counterfactuals", "2")
+    unknown = results_file(tmp_path / "unknown.jsonl", *spoken)
+    assert "the model that made these is not recorded: give --model" in fails("-i", unknown, *more)
     assert f"{path}, line 1 has no trace: decode with --trace" in fails("-i", path, *more)
     path = results_file(tmp_path / "results.jsonl", *spoken)
     assert "has no result with id 'p9'; its ids: p0, p1, p2, p3" in fails("-i", path, "--id", "p9")

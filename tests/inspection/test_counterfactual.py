@@ -91,6 +91,40 @@ def test_refused() -> None:
     results = engine.generate("Hi", **OPTIONS)
     with pytest.raises(ValueError, match="has no trace: decode with trace=True"):
         with_counterfactuals(results, engine)
-    for options in ({"num_tokens": 0}, {"most": -1}):
-        with pytest.raises(ValueError, match="is not allowed"):
-            with_counterfactuals([], engine, **options)
+    refused: tuple[tuple[Any, Any, dict[str, Any], str], ...] = (
+        ([], engine, {"num_tokens": 0}, "num_tokens=0 is not allowed"),
+        ([], engine, {"most": -1}, "most=-1 is not allowed"),
+        ([], engine, {"most": "3"}, "most='3' is not allowed"),
+        (results[0], engine, {}, r"got one Generation: give \[generation\]"),
+        (engine, results, {}, "must be a sequence of Generations, got Engine"),
+        (["Hi"], engine, {}, r"must be a sequence of Generations, \[0\] is str"),
+        (results, "tiny", {}, "engine must be an Engine, got str"),
+        (results, engine, {"ids": ["a", "b"]}, "is not one id for each of 1 generations"),
+    )
+    for generations, its_engine, options, message in refused:
+        with pytest.raises(ValueError, match=message):
+            with_counterfactuals(generations, its_engine, **options)
+
+
+def test_another_model_continues_nothing(spoken: list[Generation]) -> None:
+    """It would write what the model that decided these would never have said."""
+    for other, message in (
+        (Engine("tiny", False), r"token \d+ at position \d+ adds .* there, and .* here"),
+        (Engine(speaker.build("llama", vocab_size=9), False, False), "here there are 9"),
+    ):
+        with pytest.raises(ValueError, match=f"result 'x' was made by another model.*{message}"):
+            with_counterfactuals(spoken[:1], other, ids=["x"])
+
+
+def test_one_plain_engine_for_all(
+    spoken: list[Generation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    build = Engine.__init__
+    monkeypatch.setattr(
+        Engine, "__init__", lambda self, *args, **kw: made.append(build(self, *args, **kw))
+    )
+    ends = [{"eos_token_id": [token_id]} for token_id in (300, 301)]
+    several = [dataclasses.replace(spoken[0], options=options) for options in ends]
+    with_counterfactuals(several, speaker.engine(), num_tokens=2, most=1)
+    assert len(made) == 1
