@@ -6,8 +6,7 @@ const MODES = [["accept", "Accept probability"], ["rank", "Rank"], ["verdict", "
 const THEMES = [["auto", "Auto"], ["light", "Light"], ["dark", "Dark"]];
 const RANKS = ["0", "1", "2", "3–4", "5–9", "10+"];
 const ACCEPTS = ["< 25%", "25–50%", "50–75%", "75–95%", "≥ 95%"];
-// Controls, bidirectional marks, blanks of no width, halves of surrogate pairs: shown, not obeyed.
-const UNSEEN = /[\u0000-\u001f\u007f-\u009f\u00ad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u2069\ufeff]|\p{Cs}/gu;
+const UNSEEN = new RegExp(data.unseen, "gu");
 const state = { result: 0, mode: "accept" };
 
 function element(tag, properties = {}, ...children) {
@@ -62,12 +61,13 @@ function percent(value) {
 const acceptStep = (value) => [0.25, 0.5, 0.75, 0.95].filter((limit) => value >= limit).length;
 const rankStep = (rank) => [1, 2, 3, 5, 10].filter((limit) => rank >= limit).length;
 const isAsked = (token) => token.verdict === "accepted" || token.verdict === "fallback";
+const isWithoutAgent = (result) => result.tokens.length > 0 && result.tokens.every((token) => token.verdict === "plain");
 
 function classes(token) {
   const found = ["token"];
   if (isAsked(token)) found.push("accept-" + acceptStep(token.accept_prob));
-  if (token.verdict === "forced" || token.verdict === "plain") found.push(token.verdict);
-  if (token.verdict !== "forced") found.push("rank-" + rankStep(token.rank));
+  if (isAsked(token)) found.push("rank-" + rankStep(token.rank));
+  else found.push(token.verdict);
   if (token.verdict === "fallback") found.push("rejected");
   else if (token.rank) found.push("changed", "later");
   else if (token.verdict === "accepted") found.push("first");
@@ -140,12 +140,16 @@ function figures(pairs) {
 function statistics(result) {
   const stats = result.stats;
   const share = (count) => (stats.num_tokens ? ` (${Math.round((100 * count) / stats.num_tokens)}%)` : "");
-  const pairs = [
-    ["Tokens", stats.num_tokens],
+  const ofAgent = [
     ["Decided by the agent", stats.num_decided + share(stats.num_decided)],
     ["Forced: single candidate", stats.num_forced + share(stats.num_forced)],
     ["All rejected", stats.num_all_rejected + share(stats.num_all_rejected)],
     ["Candidates asked about", stats.num_examined],
+  ];
+  const isPlain = isWithoutAgent(result);
+  const pairs = [
+    ["Tokens", stats.num_tokens],
+    ...(isPlain ? [] : ofAgent),
     ["LM forwards per token", stats.num_tokens ? (stats.num_forwards / stats.num_tokens).toFixed(2) : "–"],
     ["Ended by", result.finish_reason],
   ];
@@ -158,8 +162,9 @@ function statistics(result) {
     column.style.background = look === "rejected" ? "var(--fallback)" : "var(--accent)";
     return [element("span", { class: "label" }, label), column, element("span", { class: "number" }, String(count))];
   });
+  const none = result.error ? "No position was decided before the error." : "It was never asked.";
   return element("section", { class: "card columns", "aria-label": "Statistics" },
     element("div", {}, element("h2", {}, "Statistics"), figures(pairs)),
-    element("div", {}, element("h2", {}, "Ranks taken where the agent was asked"),
-      rows.length ? element("div", { class: "histogram" }, bars) : element("p", { class: "none" }, "It was never asked.")));
+    isPlain ? null : element("div", {}, element("h2", {}, "Ranks taken where the agent was asked"),
+      rows.length ? element("div", { class: "histogram" }, bars) : element("p", { class: "none" }, none)));
 }

@@ -13,12 +13,15 @@ import html
 import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from mara_fast import __version__
+from mara_fast.inspection.counterfactual import check_generations
+from mara_fast.inspection.unseen import unseen_pattern
 from mara_fast.outputs import CandidateTrace, Generation, TokenTrace
 
 
@@ -38,8 +41,9 @@ def html_page(
         path: also write it there.
 
     Raises:
-        ValueError: no generations, or one without a trace.
+        ValueError: no generations, one without a trace, or another number of ids.
     """
+    check_generations(generations, ids)
     if not generations:
         raise ValueError("there is no generation to show")
     names: Sequence[str | int | None] = ids if ids is not None else [None] * len(generations)
@@ -53,7 +57,7 @@ def html_page(
         "policy": f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'",
         "style": _source("page.css"),
         "version": html.escape(__version__),
-        "data": _json({"results": results}),
+        "data": _json({"results": results, "unseen": unseen_pattern()}),
         "script": script,
     }
     text = _source("page.html")
@@ -101,6 +105,7 @@ def _result(
         "prompt": _prompt(generation.prompt),
         "error": generation.error,
         "alarms": list(generation.alarms),
+        "strategy": options.get("strategy"),
         "finish_reason": generation.finish_reason,
         "stats": {
             "num_tokens": generation.stats.num_tokens,
@@ -151,11 +156,17 @@ def _candidate(candidate: CandidateTrace) -> list[Any]:
 
 
 def _prob(logprob: float) -> float | None:
-    return _rounded(math.exp(logprob))
+    # Less than a float can hold is not impossible.
+    smallest = sys.float_info.min if math.isfinite(logprob) else 0.0
+    return _rounded(max(smallest, math.exp(min(logprob, 0.0))))
 
 
 def _rounded(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
+    """To what is shown, but never to certainty: "100.0%, rejected" would be no reason."""
+    if value is None or not math.isfinite(value):
+        return None
+    rounded = float(f"{value:.5g}")
+    return 0.99999 if value < 1 <= rounded else rounded
 
 
 def _prompt(prompt: Any) -> Any:

@@ -1,15 +1,20 @@
 // The result that is shown, and what a token says of itself when it is pointed at or has the focus.
 
 const popup = document.getElementById("popup");
-const shown = { focused: null, hovered: null, timer: 0 };
+// place: of the token that was shown last.
+const shown = { focused: null, hovered: null, timer: 0, place: -1 };
 let tokens = [];
 
-function why(token) {
+function why(token, strategy) {
   const few = (count, one, many) => `${count} ${count === 1 ? one : many}`;
   if (token.verdict === "forced") return "The only candidate: the agent was not asked.";
-  if (token.verdict === "plain") return `Decoded without an agent, rank ${token.rank} of ${few(token.num_candidates, "candidate", "candidates")}.`;
+  if (token.verdict === "plain") return "Decoded without an agent.";
   if (token.verdict === "fallback") return `All ${few(token.num_candidates, "candidate", "candidates")} rejected: fallback to rank ${token.rank}.`;
   const rejected = token.candidates.filter((candidate) => candidate[5] === false).length;
+  const accepted = token.candidates.filter((candidate) => candidate[5]).length;
+  if (accepted > 1) return `Rank ${token.rank}, chosen among ${accepted} accepted.`;
+  // All are asked, those behind it too.
+  if (strategy !== null && strategy !== "first") return `Rank ${token.rank}, the only one accepted of ${token.candidates.length}.`;
   return `Accepted at rank ${token.rank}` + (rejected ? `, after ${few(rejected, "rejection", "rejections")}.` : ", the first asked about.");
 }
 
@@ -36,7 +41,7 @@ function explain(token, place, result) {
   const head = element("div", { class: "popup-head" },
     element("bdi", { class: "text" }, named(token.text, token.token_id)),
     element("small", {}, `token ${place + 1} of ${result.tokens.length}` + (token.is_special ? ", special" : "")));
-  const parts = [head, element("p", { class: "reason" }, why(token))];
+  const parts = [head, element("p", { class: "reason" }, why(token, result.strategy))];
   if (token.candidates.length) {
     const titles = ["Rank", "Candidate", "LM", "Agent", "Verdict"];
     parts.push(element("table", {},
@@ -60,13 +65,19 @@ function continuation(other, place) {
 
 function show(node) {
   const place = Number(node.dataset.place);
+  // What is marked or scrolled in it stays so.
+  if (place === shown.place && !popup.hidden) return position(node);
+  shown.place = place;
   for (const other of tokens) other.classList.toggle("shown", other === node);
   for (const other of tokens) other.removeAttribute("aria-describedby");
   node.setAttribute("aria-describedby", "popup");
   popup.replaceChildren(...explain(data.results[state.result].tokens[place], place, data.results[state.result]));
   popup.hidden = false;
-  popup.scrollTop = 0;
   position(node);
+  popup.scrollTop = 0;
+  const chosen = popup.querySelector(".chosen")?.getBoundingClientRect();
+  const box = popup.getBoundingClientRect();
+  if (chosen && chosen.bottom > box.bottom) popup.scrollTop = chosen.top - box.top - box.height / 2;
 }
 
 /** Below the token, or above it where there is more room; never outside of the window. */
@@ -105,17 +116,24 @@ function go(place) {
   const node = tokens[Math.max(0, Math.min(place, tokens.length - 1))];
   for (const other of tokens) other.tabIndex = other === node ? 0 : -1;
   shown.hovered = null;
-  node.scrollIntoView({ block: "nearest" });
-  node.focus();
+  node.focus({ preventScroll: true });
+  shown.focused = node;
   settle();
+  // With the popup there: on a phone it covers what is below.
+  node.scrollIntoView({ block: "nearest" });
 }
 
 function onKey(event) {
-  const place = Number(event.currentTarget.dataset.place);
-  const target = { ArrowRight: place + 1, ArrowLeft: place - 1, Home: 0, End: tokens.length - 1 }[event.key];
-  if (target === undefined) return;
+  const node = event.currentTarget;
+  const place = Number(node.dataset.place);
+  const right = getComputedStyle(node.parentElement).direction === "rtl" ? -1 : 1;
+  const target = { ArrowRight: place + right, ArrowLeft: place - right, Home: 0, End: tokens.length - 1, Enter: place, " ": place }[event.key];
+  const lines = { ArrowDown: 40, ArrowUp: -40, PageDown: 0.9 * popup.clientHeight, PageUp: -0.9 * popup.clientHeight }[event.key];
+  const scrolls = lines !== undefined && !popup.hidden && popup.scrollHeight > popup.clientHeight;
+  if (target === undefined && !scrolls) return;
   event.preventDefault();
-  go(target);
+  if (scrolls) popup.scrollBy(0, lines);
+  else go(target);
 }
 
 function tokenNode(token, place) {
@@ -127,7 +145,7 @@ function tokenNode(token, place) {
   node.addEventListener("mouseenter", () => { shown.hovered = node; settle(); });
   node.addEventListener("mouseleave", leave);
   node.addEventListener("focus", () => { shown.focused = node; settle(); });
-  node.addEventListener("blur", () => { shown.focused = null; settle(); });
+  node.addEventListener("blur", (event) => { if (event.relatedTarget !== popup) { shown.focused = null; settle(); } });
   node.addEventListener("click", () => go(place));
   node.addEventListener("keydown", onKey);
   return [token.text === null && place ? " " : outside, node];
@@ -156,8 +174,7 @@ function changesTable(result, places) {
 
 function changes(places) {
   const step = (direction) => {
-    const here = tokens.findIndex((node) => node.tabIndex === 0 && node.classList.contains("shown"));
-    const ahead = places.filter((place) => (direction > 0 ? place > here : place < here));
+    const ahead = places.filter((place) => (direction > 0 ? place > shown.place : place < shown.place));
     const around = direction > 0 ? places[0] : places[places.length - 1];
     go((direction > 0 ? ahead[0] : ahead[ahead.length - 1]) ?? around);
   };
@@ -174,9 +191,11 @@ function changes(places) {
 function showResult(index) {
   state.result = index;
   shown.hovered = shown.focused = null;
+  shown.place = -1;
   hide();
   const result = data.results[index];
   const places = result.tokens.flatMap((token, place) => (token.rank ? [place] : []));
+  const isPlain = isWithoutAgent(result);
   const key = element("ul", { class: "legend", "aria-label": "Legend" }, legend());
   const parts = result.tokens.flatMap(tokenNode);
   tokens = parts.filter((part) => typeof part !== "string");
@@ -186,8 +205,9 @@ function showResult(index) {
     key.replaceChildren(...legend());
   };
   answer.append(
-    element("div", { class: "tools" }, segments(MODES, state.mode, "Colour by", choose), changes(places)),
-    key,
+    ...(isPlain
+      ? [element("p", { class: "none" }, "Decoded without an agent.")]
+      : [element("div", { class: "tools" }, segments(MODES, state.mode, "Colour by", choose), changes(places)), key]),
     element("div", { class: "answer", dir: "auto" }, tokens.length ? parts.filter(Boolean) : element("span", { class: "none" }, "No tokens.")));
   document.getElementById("result").replaceChildren(
     element("section", { class: "card", "aria-label": "Prompt" }, element("h2", {}, "Prompt"), element("div", { class: "prompts" }, promptNodes(result.prompt))),
@@ -215,8 +235,11 @@ function listResults() {
 fillSegments(document.getElementById("themes"), THEMES, "auto", (theme) => { document.documentElement.dataset.theme = theme; });
 popup.addEventListener("mouseenter", () => clearTimeout(shown.timer));
 popup.addEventListener("mouseleave", leave);
+// A click or a tap in it takes the focus from the token, which stays the one that is shown.
+popup.addEventListener("blur", (event) => { if (event.relatedTarget !== tokens[shown.place]) { shown.focused = null; settle(); } });
 document.addEventListener("keydown", (event) => {
   if (event.key !== "Escape") return;
+  if (document.activeElement === popup) tokens[shown.place].focus({ preventScroll: true });
   shown.hovered = shown.focused = null;
   settle();
 });

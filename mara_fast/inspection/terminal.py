@@ -5,7 +5,6 @@ model's first has a number behind it, which is that of its row below.
 """
 
 import math
-import unicodedata
 
 from rich.console import Console
 from rich.padding import Padding
@@ -14,6 +13,7 @@ from rich.text import Text
 
 from mara_fast.answering import summary
 from mara_fast.inspection.counterfactual import changed_positions
+from mara_fast.inspection.unseen import is_unseen
 from mara_fast.outputs import CandidateTrace, Counterfactual, Generation, TokenTrace
 
 # The sixteen colours that every terminal has, in the shades its owner chose.
@@ -45,7 +45,9 @@ def print_generation(generation: Generation, console: Console, *, title: str | N
         console.rule(Text(visible(title), "bold"), align="left")
     console.print(_coloured(generation, changed), soft_wrap=True)
     console.print()
-    if not console.no_color and console.is_terminal:
+    if _is_without_agent(generation):
+        console.print(Text("Decoded without an agent.", "dim"))
+    elif not console.no_color and console.is_terminal:
         console.print(_legend())
     console.print(Text(summary(generation.stats), "dim"), soft_wrap=True)
     for alarm in generation.alarms:
@@ -55,7 +57,7 @@ def print_generation(generation: Generation, console: Console, *, title: str | N
 
 
 def visible(text: str) -> str:
-    """The text on one line, with a sign for every character that a terminal would obey."""
+    """The text on one line, with a sign for all that a terminal would obey, or not show."""
     return "".join(_sign(character) for character in text)
 
 
@@ -65,11 +67,7 @@ def _sign(character: str) -> str:
     code = ord(character)
     if code < 0x20:
         return chr(0x2400 + code)
-    # Joiners are parts of emoji and of words.
-    is_joiner = character in "\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
-    if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and not is_joiner:
-        return f"⟨U+{code:04X}⟩"
-    return character
+    return f"⟨U+{code:04X}⟩" if is_unseen(character) else character
 
 
 def _coloured(generation: Generation, changed: list[int]) -> Text:
@@ -89,8 +87,13 @@ def _coloured(generation: Generation, changed: list[int]) -> Text:
 
 def _style(token: TokenTrace) -> str:
     if token.accept_prob is None:
-        return _UNASKED
+        return "" if token.verdict == "plain" else _UNASKED
     return next(style for least, style, _ in _STEPS if token.accept_prob >= least)
+
+
+def _is_without_agent(generation: Generation) -> bool:
+    trace = generation.trace or ()
+    return bool(trace) and all(token.verdict == "plain" for token in trace)
 
 
 def _legend() -> Text:

@@ -20,6 +20,7 @@ HOSTILE = (
     "{data}{script}",
     "&lt;b&gt; ${1} `",
     "\u2028\u2029\ufeff\u200b",
+    "\U000e0041\u034f\u3164\u2800\xa0\u115f\uffa0\ufe01",
     "",
     "   ",
 )

@@ -1,6 +1,8 @@
 """The page in a browser: pointed at, focused, in both colour schemes, with texts that mean harm."""
 
+import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from mara_fast import Generation
+import speaker
+from mara_fast import DecodingStats, Generation
 from mara_fast.inspection import html_page
 
 playwright = pytest.importorskip(
@@ -149,6 +152,102 @@ def test_the_popup_can_be_reached_with_the_pointer(spoken: list[Generation], ope
     assert popup.is_visible() and "token 4 of" in popup.inner_text()
 
 
+@pytest.mark.parametrize("has_touch", [False, True])
+def test_its_text_can_be_selected(spoken: list[Generation], opened: Any, has_touch: bool) -> None:
+    """A click or a tap in it leaves it there, and what is selected too."""
+    view = opened(spoken, has_touch=has_touch, viewport={"width": 500, "height": 800})
+    popup = view.locator("#popup")
+    if has_touch:
+        node(view, 3).tap()
+        popup.locator(".reason").tap()
+    else:
+        node(view, 3).click()
+        popup.locator(".reason").dblclick()
+    selected = view.evaluate("getSelection().toString().trim()")
+    assert has_touch or selected in popup.locator(".reason").inner_text().split(" ")
+    view.mouse.move(2, 2)
+    view.wait_for_timeout(300)
+    assert popup.is_visible() and "token 4 of" in popup.inner_text()
+    assert view.evaluate("getSelection().toString().trim()") == selected
+    view.keyboard.press("Escape")
+    assert not popup.is_visible()
+    # The token has the focus again, and what is outside takes it away.
+    view.keyboard.press("Enter")
+    popup.locator(".reason").click()
+    view.locator("h1").click()
+    assert not popup.is_visible()
+
+
+@pytest.mark.parametrize("key", ["Enter", "Space"])
+def test_a_token_is_a_button(spoken: list[Generation], opened: Any, key: str) -> None:
+    view = opened(spoken)
+    node(view, 3).focus()
+    view.keyboard.press("Escape")
+    assert not view.locator("#popup").is_visible()
+    view.keyboard.press(key)
+    assert "token 4 of" in view.locator("#popup").inner_text()
+    assert view.evaluate("window.scrollY") == 0
+
+
+def test_a_long_list_is_scrolled(spoken: list[Generation], opened: Any) -> None:
+    """To the row that was chosen, and by the keyboard."""
+    index, position = place(spoken, "fallback")
+    token = spoken[index].tokens[position]
+    long = dataclasses.replace(spoken[index].trace[position], rank=5)  # type: ignore[index]
+    long = dataclasses.replace(
+        long, rank=59, num_candidates=60, candidates=long.candidates[:1] * 59 + long.candidates[-1:]
+    )
+    assert long.token_id == token.token_id
+    generation = dataclasses.replace(spoken[index], trace=(long,), counterfactuals=None)
+    view = opened([generation])
+    node(view, 0).focus()
+    popup = view.locator("#popup")
+
+    def is_shown(row: int) -> bool:
+        box, inside = popup.bounding_box(), popup.locator("tbody tr").nth(row).bounding_box()
+        return box["y"] <= inside["y"] <= box["y"] + box["height"] - inside["height"]
+
+    assert is_shown(59) and not is_shown(0)
+    for _ in range(9):
+        view.keyboard.press("PageUp")
+    assert is_shown(0) and not is_shown(59)
+    view.keyboard.press("ArrowDown")
+    assert 0 < popup.evaluate("node => node.scrollTop") < 100
+    for _ in range(9):
+        view.keyboard.press("PageDown")
+    assert is_shown(59) and view.evaluate("window.scrollY") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"strategy": "random", "threshold": 0.1}, r"Rank \d+, chosen among (\d+) accepted\."),
+        ({"strategy": "max_prob", "threshold": 0.9, "top_k": 6}, r"Rank \d+, the only one accep"),
+    ],
+    ids=str,
+)
+def test_other_strategies_in_words(options: dict[str, Any], words: str, opened: Any) -> None:
+    generations = speaker.engine().generate(
+        list(speaker.PROMPTS[:2]), trace=True, max_new_tokens=12, **options
+    )
+    view = opened(generations)
+    found = 0
+    for index, generation in enumerate(generations):
+        choose(view, index)
+        for position, token in enumerate(generation.trace or ()):
+            accepted = sum(bool(candidate.accepted) for candidate in token.candidates)
+            if token.verdict != "accepted":
+                continue
+            node(view, position).focus()
+            text = view.locator("#popup .reason").inner_text()
+            assert "after" not in text and "first asked" not in text
+            match = re.match(words, text)
+            found += match is not None
+            if match is not None and match.groups():
+                assert int(match[1]) == accepted > 1
+    assert found
+
+
 def test_the_keyboard_shows_the_same(spoken: list[Generation], opened: Any) -> None:
     view = opened(spoken)
     node(view, 2).hover()
@@ -182,7 +281,7 @@ def test_verdicts_in_words(spoken: list[Generation], opened: Any) -> None:
     view = opened(spoken)
     for verdict, words in (
         ("fallback", "rejected: fallback to rank"),
-        ("plain", "Decoded without an agent, rank 0"),
+        ("plain", "Decoded without an agent."),
     ):
         index, position = place(spoken, verdict)
         choose(view, index)
@@ -199,6 +298,10 @@ def test_changes_one_by_one(spoken: list[Generation], opened: Any) -> None:
     following = view.get_by_label("Next change")
     for position in [*changed, changed[0]]:
         following.click()
+        assert f"token {position + 1} of" in view.locator("#popup").inner_text()
+    # By the keyboard the button takes the focus from the token, which stays the one to go on from.
+    for position in [*changed[1:], changed[0]]:
+        following.press("Enter")
         assert f"token {position + 1} of" in view.locator("#popup").inner_text()
     view.get_by_label("Previous change").click()
     assert f"token {changed[-1] + 1} of" in view.locator("#popup").inner_text()
@@ -239,7 +342,8 @@ def test_contrast(spoken: list[Generation], opened: Any, scheme: str) -> None:
         choose(view, index)
         view.locator("summary").click()
         for mode in ("accept", "rank", "verdict"):
-            view.locator(f'[data-value="{mode}"]').click()
+            for button in view.locator(f'[data-value="{mode}"]').all():
+                button.click()
             node(view, 1).focus()
             ratios = view.evaluate(_CONTRAST)
             assert len(ratios) > 80
@@ -286,7 +390,11 @@ def test_hostile_texts_are_only_shown(hostile: Generation, opened: Any) -> None:
     for text in ("</script><script>window.harmed = 1</script>", "<img src=x", "&lt;b&gt; ${1} `"):
         assert text in answer
     # Controls are signs, and what runs from right to left ends with its own token.
-    for sign in ("␀␛[31m␇", "⟨U+202E⟩abc⟨U+2066⟩", "⟨U+D83C⟩", "⟨U+2028⟩", "↵", "⇥", "🎉👩‍👩‍👧"):
+    signs = "⟨U+E0041⟩⟨U+034F⟩⟨U+3164⟩⟨U+2800⟩⟨U+00A0⟩⟨U+115F⟩⟨U+FFA0⟩⟨U+FE01⟩"
+    for sign in (
+        *("␀␛[31m␇", "⟨U+202E⟩abc⟨U+2066⟩", "⟨U+D83C⟩", "⟨U+2028⟩", "↵", "⇥", "🎉👩‍👩‍👧"),
+        signs,
+    ):
         assert sign in answer
     for position, token in enumerate(hostile.tokens):
         node(view, position).focus()
@@ -303,15 +411,63 @@ def test_hostile_texts_are_only_shown(hostile: Generation, opened: Any) -> None:
     assert view.evaluate("document.documentElement.scrollWidth") <= 1200
 
 
+def test_from_right_to_left(hostile: Generation, opened: Any) -> None:
+    """Candidates stand where the others do, and the arrows go where they point."""
+    trace = [
+        dataclasses.replace(
+            token,
+            text=word,
+            candidates=tuple(dataclasses.replace(c, text=word) for c in token.candidates),
+        )
+        for token, word in zip(hostile.tokens, ("مرحبا", " بالعالم", " سلام"), strict=False)
+    ]
+    generation = dataclasses.replace(hostile, trace=tuple(trace), counterfactuals=None, error=None)
+    view = opened([generation])
+    node(view, 0).focus()
+    cell = view.locator("#popup tbody td .text").first
+    assert cell.evaluate("node => getComputedStyle(node).textAlign") == "left"
+    for key, focused in (("ArrowLeft", 1), ("ArrowLeft", 2), ("ArrowRight", 1)):
+        before = view.locator(":focus").bounding_box()["x"]
+        view.keyboard.press(key)
+        assert view.evaluate("document.activeElement.dataset.place") == str(focused)
+        assert (view.locator(":focus").bounding_box()["x"] < before) == (key == "ArrowLeft")
+
+
+def test_without_an_agent(spoken: list[Generation], opened: Any) -> None:
+    """Nothing is said of an agent, and no rank is shown that nobody knows."""
+    [sampled] = speaker.engine(aligned=False).generate(
+        "Hi", trace=True, acceptance="sample", max_new_tokens=12
+    )
+    failed = dataclasses.replace(
+        spoken[0], trace=(), tokens=(), token_ids=[], error="NaN", stats=DecodingStats()
+    )
+    view = opened([sampled, spoken[0], failed])
+    assert "Decoded without an agent." in view.locator('[aria-label="Answer"]').inner_text()
+    text = view.locator("main").inner_text()
+    for absent in ("Accept probability", "Forced", "change", "asked", "rank"):
+        assert absent not in text.partition("Options")[0]
+    colour = "all => all.map(node => getComputedStyle(node).backgroundColor)"
+    assert set(view.locator(".token").evaluate_all(colour)) == {"rgba(0, 0, 0, 0)"}
+    choose(view, 1)
+    assert "Accept probability" in view.locator("main").inner_text()
+    choose(view, 2)
+    text = view.locator("main").inner_text()
+    assert "No position was decided before the error." in text and "never asked" not in text
+
+
 def test_a_narrow_window(spoken: list[Generation], hostile: Generation, opened: Any) -> None:
     view = opened([*spoken, hostile], viewport={"width": 360, "height": 700})
     for index in range(5):
         choose(view, index)
         assert view.evaluate("document.documentElement.scrollWidth") <= 360
-        node(view, 0).click()
-        box = view.locator("#popup").bounding_box()
-        assert box["x"] == 0 and box["width"] == 360
-        view.keyboard.press("Escape")
+        for position in (0, 10):
+            node(view, position).click()
+            box = view.locator("#popup").bounding_box()
+            assert box["x"] == 0 and box["width"] == 360
+            # The sheet does not cover what it is about.
+            token = node(view, position).bounding_box()
+            assert token["y"] + token["height"] <= box["y"] or token["height"] > 300
+            view.keyboard.press("Escape")
 
 
 def test_in_a_notebook(spoken: list[Generation], browser: Any, tmp_path: Path) -> None:

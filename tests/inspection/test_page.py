@@ -1,5 +1,6 @@
 """The page as a file: what is in it, and what must not be."""
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ import pytest
 import speaker
 from mara_fast import Generation
 from mara_fast.inspection import html_page
+from mara_fast.inspection.unseen import is_unseen
 
 
 class Elements(HTMLParser):
@@ -100,6 +102,34 @@ def test_without_a_trace() -> None:
     assert result._repr_html_() is None
     with pytest.raises(ValueError, match="there is no generation to show"):
         html_page([])
+    results = [speaker_result()] * 2
+    with pytest.raises(ValueError, match=r"ids=\['a'\] is not one id for each of 2 generations"):
+        html_page(results, ids=["a"])
+    with pytest.raises(ValueError, match=r"got one Generation: give \[generation\]"):
+        html_page(results[0])  # type: ignore[arg-type]
+
+
+def test_what_is_nearly_certain_is_not_certain(spoken: list[Generation]) -> None:
+    """A candidate that was rejected is not shown at 100.0%."""
+    assert spoken[0].trace is not None
+    first = spoken[0].trace[0]
+    for value, shown in ((1 - 1e-9, 0.99999), (1.0, 1.0), (1e-9, 1e-9), (0.0, 0.0), (0.5, 0.5)):
+        token = dataclasses.replace(first, accept_prob=value, logprob=-0.0 if value == 1 else -1e-9)
+        result = dataclasses.replace(spoken[0], trace=(token,), counterfactuals=None)
+        [found] = data_of(html_page([result]))["results"][0]["tokens"]
+        assert found["accept_prob"] == shown and found["prob"] == (1.0 if value == 1 else 0.99999)
+    token = dataclasses.replace(first, logprob=-1e4)
+    [found] = data_of(html_page([dataclasses.replace(result, trace=(token,))]))["results"]
+    assert found["tokens"][0]["prob"] > 0
+
+
+def test_one_rule_for_what_cannot_be_seen() -> None:
+    assert [c for c in "a \u200dé🎉\ufe0f中‍" if is_unseen(c)] == []
+    unseen = (
+        "\x00\n\x7f\xa0\xad\u034f\u115f\u1160\u202e\u2028\u2800\u3164\ufeff\uffa0\ud83c\U000e0041"
+    )
+    assert "".join(filter(is_unseen, unseen)) == unseen
+    assert r"\u{e0020}-\u{e007f}" in data_of(speaker_result().to_html())["unseen"]
 
 
 def test_without_texts_and_without_tokens() -> None:

@@ -55,7 +55,14 @@ def test_nothing_is_obeyed(hostile: Generation) -> None:
     text.encode()
     assert "␛[31m" in text and "⟨U+202E⟩" in text and "⟨U+D83C⟩" in text
     assert "👩‍👩‍👧" in text
+    assert "⟨U+E0041⟩⟨U+034F⟩⟨U+3164⟩⟨U+2800⟩⟨U+00A0⟩⟨U+115F⟩⟨U+FFA0⟩⟨U+FE01⟩" in text
     assert "! " not in text
+
+
+def test_without_an_agent(spoken: list[Generation]) -> None:
+    text = printed(spoken[-1], force_terminal=True, color_system="standard")
+    assert "Decoded without an agent." in text and "accept probability" not in text
+    assert "Decoded without an agent." not in printed(spoken[0])
 
 
 def test_without_texts() -> None:
