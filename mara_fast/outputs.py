@@ -214,7 +214,8 @@ class Generation:
         """What :meth:`to_dict` wrote; without a trace ``tokens`` is empty.
 
         Raises:
-            ValueError: not such a record, or of a version that is not known here.
+            ValueError: not such a record, naming the field, what it is and what is allowed; or of
+                a version that is not known here.
         """
         from mara_fast.inspection.record import read_generation
 

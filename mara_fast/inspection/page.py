@@ -105,7 +105,7 @@ def _result(
         "prompt": _prompt(generation.prompt),
         "error": generation.error,
         "alarms": list(generation.alarms),
-        "strategy": options.get("strategy"),
+        "is_first": options.get("strategy", "first") == "first",
         "finish_reason": generation.finish_reason,
         "stats": {
             "num_tokens": generation.stats.num_tokens,

@@ -5,7 +5,7 @@ const popup = document.getElementById("popup");
 const shown = { focused: null, hovered: null, timer: 0, place: -1 };
 let tokens = [];
 
-function why(token, strategy) {
+function why(token, isFirst) {
   const few = (count, one, many) => `${count} ${count === 1 ? one : many}`;
   if (token.verdict === "forced") return "The only candidate: the agent was not asked.";
   if (token.verdict === "plain") return "Decoded without an agent.";
@@ -14,7 +14,7 @@ function why(token, strategy) {
   const accepted = token.candidates.filter((candidate) => candidate[5]).length;
   if (accepted > 1) return `Rank ${token.rank}, chosen among ${accepted} accepted.`;
   // All are asked, those behind it too.
-  if (strategy !== null && strategy !== "first") return `Rank ${token.rank}, the only one accepted of ${token.candidates.length}.`;
+  if (!isFirst) return `Rank ${token.rank}, the only one accepted of ${token.candidates.length}.`;
   return `Accepted at rank ${token.rank}` + (rejected ? `, after ${few(rejected, "rejection", "rejections")}.` : ", the first asked about.");
 }
 
@@ -41,7 +41,7 @@ function explain(token, place, result) {
   const head = element("div", { class: "popup-head" },
     element("bdi", { class: "text" }, named(token.text, token.token_id)),
     element("small", {}, `token ${place + 1} of ${result.tokens.length}` + (token.is_special ? ", special" : "")));
-  const parts = [head, element("p", { class: "reason" }, why(token, result.strategy))];
+  const parts = [head, element("p", { class: "reason" }, why(token, result.is_first))];
   if (token.candidates.length) {
     const titles = ["Rank", "Candidate", "LM", "Agent", "Verdict"];
     parts.push(element("table", {},

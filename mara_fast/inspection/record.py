@@ -57,20 +57,21 @@ Readers ignore keys they do not know. A change that they could misread raises th
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, get_type_hints
 
+from mara_fast.inspection.fields import Misfit, reader
 from mara_fast.options import is_int
-from mara_fast.outputs import (
-    CandidateTrace,
-    Counterfactual,
-    DecodingStats,
-    Generation,
-    TokenTrace,
-)
+from mara_fast.outputs import Counterfactual, Generation, TokenTrace
+from mara_fast.prompts import is_chat, is_token_ids
 
 TRACE_VERSION = 1
 
-_Record = TypeVar("_Record", CandidateTrace, TokenTrace, Counterfactual, DecodingStats)
+_READERS = {
+    name: reader(hint, name)
+    for name, hint in get_type_hints(Generation).items()
+    if name not in ("prompt", "tokens")
+}
+_ALWAYS = ("prompt", "text", "token_ids", "finish_reason", "stats")
 
 
 def trace_record(generation: Generation) -> dict[str, Any]:
@@ -93,76 +94,88 @@ def read_generation(record: Mapping[str, Any]) -> Generation:
     """See :meth:`mara_fast.Generation.from_dict`."""
     if not isinstance(record, Mapping):
         raise ValueError(f"a result must be an object, got {type(record).__name__}")
+    for name in _ALWAYS:
+        if name not in record:
+            raise ValueError(f"not a result of mara-fast: it has no {name!r}")
+    if "trace" in record:
+        _check_version(record.get("trace_version"))
     try:
-        trace = _trace(record)
-        tokens = (dataclasses.replace(t, candidates=(), text=None, is_special=False) for t in trace)
-        counterfactuals = record.get("counterfactuals")
-        return Generation(
-            prompt=record["prompt"],
-            prompt_token_ids=list(record.get("prompt_token_ids") or ()),
-            text=record["text"],
-            token_ids=list(record["token_ids"]),
-            finish_reason=record["finish_reason"],
-            stats=_stats(record["stats"]),
-            tokens=tuple(tokens),
-            trace=trace if "trace" in record else None,
-            options=record.get("options"),
-            counterfactuals=(
-                None
-                if counterfactuals is None
-                else tuple(_read(Counterfactual, item) for item in counterfactuals)
-            ),
-            error=record.get("error"),
-            alarms=tuple(record.get("alarms") or ()),
-        )
-    except KeyError as error:
-        raise ValueError(f"not a result of mara-fast: it has no {error}") from error
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"not a result of mara-fast: {error}") from error
+        return _generation(record)
+    except Misfit as misfit:
+        raise ValueError(f"not a result of mara-fast: {misfit}") from misfit
 
 
-def _trace(record: Mapping[str, Any]) -> tuple[TokenTrace, ...]:
-    if "trace" not in record:
-        return ()
-    version = record.get("trace_version")
-    if not is_int(version) or version != TRACE_VERSION:
-        is_newer = isinstance(version, int) and version > TRACE_VERSION
-        remedy = (
-            "it was written by a newer mara-fast: update this one"
-            if is_newer
-            else "decode again with trace=True"
-        )
-        raise ValueError(f"trace_version is {version!r}, expected {TRACE_VERSION}; {remedy}")
-    trace = tuple(_token(token) for token in record["trace"])
-    if [token.token_id for token in trace] != record["token_ids"]:
-        raise ValueError("trace and token_ids are not of the same tokens")
-    return trace
-
-
-def _token(values: Mapping[str, Any]) -> TokenTrace:
-    candidates = tuple(_read(CandidateTrace, _infinite(item)) for item in values["candidates"])
-    return _read(TokenTrace, {**_infinite(values), "candidates": candidates})
-
-
-def _stats(values: Mapping[str, Any]) -> DecodingStats:
-    return _read(
-        DecodingStats,
-        {
-            name: {int(key): count for key, count in value.items()}
-            if isinstance(value, Mapping)
-            else value
-            for name, value in values.items()
-        },
+def _check_version(version: Any) -> None:
+    if is_int(version) and version == TRACE_VERSION:
+        return
+    is_newer = isinstance(version, int) and version > TRACE_VERSION
+    remedy = (
+        "it was written by a newer mara-fast: update this one"
+        if is_newer
+        else "decode again with trace=True"
     )
+    raise ValueError(f"trace_version is {version!r}, expected {TRACE_VERSION}; {remedy}")
 
 
-def _read(record: type[_Record], values: Mapping[str, Any]) -> _Record:
-    names = {field.name for field in dataclasses.fields(record)}
-    return record(**{name: value for name, value in values.items() if name in names})
+def _generation(record: Mapping[str, Any]) -> Generation:
+    prompt = record["prompt"]
+    if not (isinstance(prompt, str) or is_chat(prompt) or is_token_ids(prompt)):
+        raise Misfit(prompt, "a text, a chat or a list of token ids", "prompt")
+    found: dict[str, Any] = {"prompt_token_ids": []}
+    for name, read in _READERS.items():
+        if name in record:
+            try:
+                found[name] = read(record[name])
+            except Misfit as misfit:
+                raise misfit.within(name) from None
+    trace = found.get("trace")
+    if "trace" in record:
+        if trace is None:
+            raise Misfit(trace, "a list", "trace")
+        _check_trace(trace, found["token_ids"])
+    _check_counterfactuals(found.get("counterfactuals") or (), num_tokens=len(trace or ()))
+    tokens = tuple(
+        dataclasses.replace(token, candidates=(), text=None, is_special=False)
+        for token in trace or ()
+    )
+    return Generation(prompt=prompt, tokens=tokens, **found)
 
 
-def _infinite(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {**values, "logprob": -math.inf if values["logprob"] is None else values["logprob"]}
+def _check_trace(trace: tuple[TokenTrace, ...], token_ids: list[int]) -> None:
+    """What no field says by itself."""
+    if [token.token_id for token in trace] != token_ids:
+        raise ValueError("trace and token_ids are not of the same tokens")
+    for index, token in enumerate(trace):
+        place, size = f"trace[{index}]", token.num_candidates
+        if token.rank >= size:
+            raise Misfit(token.rank, f"below num_candidates={size}", f"{place}.rank")
+        candidates = token.candidates
+        if candidates and len(candidates) != size:
+            raise Misfit(len(candidates), f"num_candidates={size}", f"{place}: their number")
+        if candidates and candidates[token.rank].token_id != token.token_id:
+            raise Misfit(
+                token.token_id,
+                f"{candidates[token.rank].token_id}, of its rank",
+                f"{place}.token_id",
+            )
+        is_asked = token.verdict in ("accepted", "fallback")
+        if is_asked != (token.accept_prob is not None):
+            allowed = f"{'a number' if is_asked else 'null'} where verdict is {token.verdict!r}"
+            raise Misfit(token.accept_prob, allowed, f"{place}.accept_prob")
+        for rank, candidate in enumerate(candidates):
+            if (candidate.accept_prob is None) != (candidate.accepted is None):
+                allowed = "null where accept_prob is, and nowhere else"
+                raise Misfit(candidate.accepted, allowed, f"{place}.candidates[{rank}].accepted")
+
+
+def _check_counterfactuals(items: tuple[Counterfactual, ...], *, num_tokens: int) -> None:
+    positions = [item.position for item in items]
+    for index, position in enumerate(positions):
+        place = f"counterfactuals[{index}].position"
+        if position >= num_tokens:
+            raise Misfit(position, f"below the number of tokens, {num_tokens}", place)
+        if position in positions[:index]:
+            raise Misfit(position, "one counterfactual of a position", place)
 
 
 def _finite(value: Any) -> Any:

@@ -185,6 +185,7 @@ def test_a_token_is_a_button(spoken: list[Generation], opened: Any, key: str) ->
     view.keyboard.press("Escape")
     assert not view.locator("#popup").is_visible()
     view.keyboard.press(key)
+    assert view.locator("#popup").is_visible()
     assert "token 4 of" in view.locator("#popup").inner_text()
     assert view.evaluate("window.scrollY") == 0
 

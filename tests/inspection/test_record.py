@@ -1,15 +1,20 @@
 """The schema of a trace: texts of tokens, plain values, and back."""
 
 import dataclasses
+import io
 import json
 import math
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import speaker
 from mara_fast import Generation
 from mara_fast.inspection.record import TRACE_VERSION
+from mara_fast.inspection.terminal import print_generation
 from mara_fast.token_text import TokenNames, decode_text, text_pieces
 from speaker import OPTIONS, PROMPTS
 
@@ -133,14 +138,92 @@ def test_what_json_cannot_say() -> None:
         ({"trace": []}, "trace and token_ids are not of the same tokens"),
         ({"trace": 3}, "not a result of mara-fast"),
         ({"trace": [{}]}, "not a result of mara-fast"),
-        ({"stats": None}, "not a result of mara-fast"),
-        ({"counterfactuals": [{}]}, "not a result of mara-fast"),
+        ({"stats": None}, "not a result of mara-fast: stats is None; allowed: an object"),
+        ({"counterfactuals": [{}]}, r"counterfactuals\[0\] is \[\]; allowed: .* with 'position'"),
+        ({"text": 5}, "text is 5; allowed: a text, or null"),
+        ({"prompt": None}, "prompt is None; allowed: a text, a chat or a list of token ids"),
+        ({"options": "x"}, "options is 'x'; allowed: an object, or null"),
+        ({"alarms": [None]}, r"alarms\[0\] is None; allowed: a text"),
+        ({"finish_reason": "end"}, "finish_reason is 'end'; allowed: eos, length, stop, error"),
+        ({"token_ids": [-1]}, r"token_ids\[0\] is -1; allowed: an integer in \[0, 2\*\*63\)"),
     ],
     ids=str,
 )
 def test_records_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Generation.from_dict(record_of(traced()) | change)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "allowed"),
+    [
+        (("stats", "accepted_ranks"), [], "an object of counts by integer"),
+        (("stats", "accepted_ranks"), {"x": 1}, "an object of counts by integer"),
+        (("stats", "num_tokens"), 10**400, "an integer in [0, 2**63)"),
+        (("trace", 0, "logprob"), 1000000, "a number <= 0"),
+        (("trace", 0, "accept_prob"), -1, "a number in [0, 1], or null"),
+        (("trace", 0, "accept_prob"), math.nan, "a number in [0, 1], or null"),
+        (("trace", 0, "accept_prob"), None, "a number where verdict is 'accepted'"),
+        (("trace", 0, "verdict"), "taken", "forced, accepted, fallback, plain"),
+        (("trace", 0, "rank"), 99, "below num_candidates="),
+        (("trace", 0, "candidates", 0, "logprob"), "-1", "a number <= 0"),
+        (("trace", 0, "candidates", 0, "is_special"), 1, "true or false"),
+        (("trace", 0, "candidates", 0, "accepted"), None, "null where accept_prob is"),
+        (("counterfactuals", 0, "position"), [], "an integer in [0, 2**63)"),
+        (("counterfactuals", 0, "position"), 12, "below the number of tokens, 12"),
+    ],
+    ids=str,
+)
+def test_values_refused(
+    spoken: list[Generation], place: tuple[Any, ...], value: Any, allowed: str
+) -> None:
+    """The field, what it is, what is allowed."""
+    record = record_of(spoken[0])
+    *path, last = place
+    parent = record
+    for key in path:
+        parent = parent[key]
+    parent[last] = value
+    name = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in place)
+    with pytest.raises(ValueError, match=re.escape(name.removeprefix("."))) as caught:
+        Generation.from_dict(record)
+    assert f"; allowed: {allowed}" in str(caught.value)
+
+
+_WRONG = (None, True, -1, 0, 7, 10**30, 1.5, -2.5, math.nan, -math.inf, "", "x", "3", [], [None])
+_WRONG += ([3], {}, {"x": {}}, [{"role": 1, "content": None}], ["\ud83c"])  # type: ignore[assignment]
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key) of every value within; of long lists the first two."""
+    keys = list(value)[:60] if isinstance(value, dict) else range(min(2, len(value)))
+    for key in keys:
+        yield value, key
+        if isinstance(value[key], dict | list):
+            yield from places(value[key])
+
+
+def test_any_value_may_be_wrong(spoken: list[Generation]) -> None:
+    """It is refused as a record is, or can be shown."""
+    record = record_of(spoken[2])
+    record["alarms"], record["error"] = ["look"], None
+    num_refused = num_shown = 0
+    console = Console(file=io.StringIO(), width=100)
+    for parent, key in list(places(record)):
+        kept = parent[key]
+        for wrong in _WRONG:
+            parent[key] = wrong
+            try:
+                found = Generation.from_dict(record)
+            except ValueError as error:
+                assert len(str(error)) < 300
+                num_refused += 1
+            else:
+                print_generation(found, console)
+                found.to_html().encode()
+                num_shown += 1
+        parent[key] = kept
+    assert num_refused > 1000 and num_shown > 100
 
 
 def test_no_records_refused() -> None:
