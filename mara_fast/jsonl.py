@@ -81,8 +81,15 @@ def check_prompt(where: str, key: str, prompt: Any) -> None:
         )
 
 
-def read_values(path: Path) -> list[tuple[str, Any]]:
+def read_values(
+    path: Path, *, note_cut: Callable[[str], object] | None = None
+) -> list[tuple[str, Any]]:
     """(place, value) of every line of a JSONL file, or of every item of a JSON file with a list.
+
+    Args:
+        path: of the file.
+        note_cut: is told of a last line that was cut off, which is then left out; None: such a
+            line is no JSON like any other.
 
     Raises:
         FileNotFoundError: no such file.
@@ -90,8 +97,13 @@ def read_values(path: Path) -> list[tuple[str, Any]]:
     """
     if path.is_dir() or not path.exists():
         raise FileNotFoundError(f"no file at {path}")
+    data = path.read_bytes()
+    if note_cut is not None and _is_cut(data):
+        data = data[: data.rfind(b"\n") + 1]
+        number = data.count(b"\n") + 1
+        note_cut(f"{path}, line {number} was cut off, as by a stop: it is left out")
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     if text.lstrip().startswith("["):
@@ -142,6 +154,18 @@ def forget_results(path: Path) -> None:
     if path.is_file():
         with ResultFile(path, records=(), settings={}, overwrite=True):
             pass
+
+
+def _is_cut(data: bytes) -> bool:
+    """The last line does not end, and is no JSON."""
+    *_, last = data.rpartition(b"\n")
+    if not last.strip() or data.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        return False
+    try:
+        json.loads(last.decode("utf-8-sig"))
+    except ValueError:
+        return True
+    return False
 
 
 def json_line(record: Mapping[str, Any]) -> str:

@@ -1,5 +1,8 @@
 """The command ``mara-fast inspect``."""
 
+import functools
+import tempfile
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +25,8 @@ app = typer.Typer(
 _ENGINE_FLAGS = ("dtype", "device", "max_batch_size")
 _MOST = 8
 """Counterfactuals of a prompt, if no number is given."""
+_NUM_TOKENS = 24
+"""Of a counterfactual, if no number is given."""
 
 
 @app.command(
@@ -71,8 +76,8 @@ def inspect(
         ),
     ] = None,
     counterfactual_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of each, at most.")
-    ] = 24,
+        int | None, typer.Option(min=1, help="Tokens of each, at most; default: 24.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON records.")] = False,
     *,
     flags: dict[str, Any],
@@ -83,6 +88,10 @@ def inspect(
     if ids and input_path is None:
         raise ValueError("--id needs --input")
     agent = cli.chosen_agent(flags.pop("agent"), no_agent=flags.pop("no_agent"))
+    if counterfactual_tokens is not None and not (
+        counterfactuals or (counterfactuals is None and input_path is None)
+    ):
+        raise ValueError("--counterfactual-tokens needs --counterfactuals of 1 or more")
     _check_page(html, input_path, overwrite=overwrite)
     options = {name: flags.pop(name) for name in _ENGINE_FLAGS}
     preset, config_path = flags.pop("preset"), flags.pop("config_path")
@@ -93,7 +102,11 @@ def inspect(
     if input_path is not None:
         if given or preset is not None or agent is not None:
             raise ValueError("--input holds results: agent and decoding options have no effect")
-        results, settings = read_results(input_path, ids or ()), read_settings(input_path)
+        if not counterfactuals:
+            _check_no_engine(model, options)
+        note = functools.partial(typer.echo, err=True)
+        results = read_results(input_path, ids or (), note=note)
+        settings = read_settings(input_path)
         most = counterfactuals or 0
         if most:
             engine = _engine(model or _recorded_model(settings, input_path), False, options)
@@ -107,7 +120,7 @@ def inspect(
         settings = {"model": model or "tiny", "agent": engine.agent and (agent or "tiny")}
         most = _MOST if counterfactuals is None else counterfactuals
     if most:
-        results = _continued(results, engine, counterfactual_tokens, most)
+        results = _continued(results, engine, counterfactual_tokens or _NUM_TOKENS, most)
     _output(results, settings, html=html, as_json=as_json, has_ids=input_path is not None)
     if input_path is None and results[0].generation.error is not None:
         raise ValueError(results[0].generation.error)
@@ -124,6 +137,36 @@ def _check_page(html: Path | None, input_path: Path | None, *, overwrite: bool) 
         raise ValueError(f"--input and --html are the same file: {html}")
     if html.exists() and not overwrite:
         raise ValueError(f"{html} exists; name another file, or give --overwrite")
+    _check_writable(html)
+
+
+def _check_writable(path: Path) -> None:
+    """Raises a ValueError where no file can be made: decoding takes longer than to try."""
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    try:
+        if not folder.is_dir():
+            raise NotADirectoryError(f"{folder} is not a folder")
+        if path.exists():
+            path.open("ab").close()
+        else:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise ValueError(f"--html {path} cannot be written: {error}") from error
+
+
+def _check_no_engine(model: str | None, options: dict[str, Any]) -> None:
+    """Raises a ValueError for settings of an engine that nobody needs."""
+    flags = signature(cli.generate).parameters
+    given = {"model": model} | {
+        name: value for name, value in options.items() if value != flags[name].default
+    }
+    names = [f"--{name.replace('_', '-')}" for name, value in given.items() if value is not None]
+    if names:
+        raise ValueError(
+            f"{', '.join(names)} without effect: with --input a model is needed only for "
+            "--counterfactuals"
+        )
 
 
 def _recorded_model(settings: dict[str, Any], input_path: Path) -> str:

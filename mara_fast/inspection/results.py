@@ -1,7 +1,8 @@
 """Traced results from a JSONL file, and the settings they were made with."""
 
 import json
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ class TracedResult:
     generation: Generation
 
 
-def read_results(path: Path, ids: Sequence[str] = ()) -> list[TracedResult]:
+def read_results(
+    path: Path, ids: Sequence[str] = (), *, note: Callable[[str], object] = warnings.warn
+) -> list[TracedResult]:
     """The results of a file that ``mara-fast generate --trace`` wrote, in its order.
 
     Args:
         path: of the file.
         ids: read these only; an integer id as its digits. Without any: all.
+        note: is told of a last line that was cut off, which is left out.
 
     Raises:
         FileNotFoundError: no such file.
@@ -33,7 +37,7 @@ def read_results(path: Path, ids: Sequence[str] = ()) -> list[TracedResult]:
     """
     records = [
         (where, value.get("id", index) if isinstance(value, dict) else index, value)
-        for index, (where, value) in enumerate(read_values(path))
+        for index, (where, value) in enumerate(read_values(path, note_cut=note))
     ]
     if not records:
         raise ValueError(f"{path} holds no results")

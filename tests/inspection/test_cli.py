@@ -1,5 +1,6 @@
 """``mara-fast inspect``: a prompt or a file, shown, written or as JSON."""
 
+import dataclasses
 import inspect
 import json
 import subprocess
@@ -169,6 +170,7 @@ def test_files_refused(spoken: list[Generation], tmp_path: Path) -> None:
         ("[1]\n", "a result must be an object"),
         ('{"prompt": "Hi"}\n', "line 1: not a result of mara-fast: it has no 'text'"),
         (json.dumps(spoken[0].to_dict() | {"trace_version": 9}), "update this one"),
+        (json.dumps(spoken[0].to_dict() | {"text": 5}), "line 1: not a result of mara-fast: text"),
     ):
         path.write_text(text)
         assert message in fails("-i", path, *more)
@@ -176,6 +178,32 @@ def test_files_refused(spoken: list[Generation], tmp_path: Path) -> None:
     path = results_file(tmp_path / "results.jsonl", *spoken)
     Path(f"{path}.settings.json").write_text("{")
     assert "settings.json is not valid" in fails("-i", path, *more)
+
+
+@pytest.mark.parametrize("cut", [1, 20, 4000])
+def test_a_last_line_that_a_stop_cut_off(
+    spoken: list[Generation], tmp_path: Path, cut: int
+) -> None:
+    """It is left out, with a note; elsewhere and with an end a line has to be one."""
+    prompt = dataclasses.replace(spoken[0], prompt="日本語")
+    path = results_file(tmp_path / "results.jsonl", spoken[1], prompt)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: -1 - cut])
+    result = run("-i", path, "--json")
+    assert result.exit_code == OK and result.stderr == (
+        f"{path}, line 2 was cut off, as by a stop: it is left out\n"
+    )
+    assert [record["id"] for record in lines(result.stdout)] == ["p0"]
+    # Cut within a character.
+    within = whole.index("本".encode()) + 1
+    path.write_bytes(whole[:within])
+    assert len(lines(run("-i", path, "--json").stdout)) == 1
+    path.write_bytes(whole[:within] + b"\n")
+    assert "is not UTF-8 text" in fails("-i", path)
+    path.write_bytes(whole[: -1 - cut] + b"\n")
+    assert "line 2 is not valid JSON" in fails("-i", path)
+    path.write_bytes(whole[:-1])
+    assert len(lines(run("-i", path, "--json").stdout)) == 2
 
 
 @pytest.mark.usefixtures("unloadable")
@@ -193,6 +221,17 @@ def test_files_refused(spoken: list[Generation], tmp_path: Path) -> None:
         (["-i", "x", "--top-k", "3"], "agent and decoding options have no effect"),
         (["-i", "x", "--preset", "paper"], "agent and decoding options have no effect"),
         (["-i", "x", "--no-agent"], "agent and decoding options have no effect"),
+        (["-i", "x", "-m", "no/such"], "--model without effect: with --input a model is needed"),
+        (["-i", "x", "--device", "cuda:7", "--dtype", "float32"], "--dtype, --device without eff"),
+        (["-i", "x", "--max-batch-size", "3"], "--max-batch-size without effect"),
+        (["-i", "x", "--counterfactual-tokens", "3"], "needs --counterfactuals of 1 or more"),
+        (
+            ["Hi", "--counterfactuals", "0", "--counterfactual-tokens", "3"],
+            "--counterfactual-tokens needs --counterfactuals of 1 or more",
+        ),
+        (["Hi", "--html", f"{__file__}/page.html"], "test_cli.py is not a folder"),
+        (["Hi", "--html", f"{__file__}/more/page.html"], "test_cli.py is not a folder"),
+        (["Hi", "--html", "/proc/page.html"], "--html /proc/page.html cannot be written: "),
         ([], "standard input is empty: no prompt"),
     ],
     ids=stable_id,
