@@ -34,9 +34,9 @@ def _over_rejection(stats: DecodingStats, config: DecodingConfig) -> str | None:
         return None
     return (
         f"the agent rejected every candidate at {rate:.1%} of {stats.num_decided} decided "
-        f"positions (max_fallback_rate={limit:g}), where the fallback {config.fallback!r} chose "
-        f"the token: lower threshold={config.threshold:g}, raise top_k={config.top_k} or "
-        f"top_p={config.top_p:g}, and check that the agent was trained for this model"
+        f"positions (max_fallback_rate={limit!r}), where the fallback {config.fallback!r} chose "
+        f"the token: lower threshold={config.threshold!r}, raise top_k={config.top_k} or "
+        f"top_p={config.top_p!r}, and check that the agent was trained for this model"
     )
 
 
@@ -49,7 +49,7 @@ def _repetition(stats: DecodingStats, config: DecodingConfig) -> str | None:
         return None
     return (
         f"{share:.1%} of {stats.num_tokens} tokens repeat four tokens of the same answer "
-        f"(max_repetition={limit:g}): look at the texts; acceptance='sample', a larger top_p or a "
+        f"(max_repetition={limit!r}): look at the texts; acceptance='sample', a larger top_p or a "
         "smaller max_new_tokens may help, or it is the language model's own habit"
     )
 
@@ -63,6 +63,7 @@ def _drift(stats: DecodingStats, config: DecodingConfig) -> str | None:
         return None
     return (
         f"to the policy the text is {drift:.3f} nats per token likelier than to the language model "
-        f"(kl_budget={budget:g}, over {stats.num_tokens} tokens): lower "
-        f"threshold={config.threshold:g}, or give an agent less weight (agent_weights)"
+        f"(kl_budget={budget!r}, over {stats.num_tokens} tokens): lower "
+        f"threshold={config.threshold!r}; with several agents, give one less weight "
+        "(agent_weights)"
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
@@ -53,7 +53,9 @@ class DecodingConfig:
         acceptance: ``"greedy"`` accepts iff the accept probability exceeds ``threshold``;
             ``"sample"`` draws. Without an agent ``"sample"`` samples from the candidate set and
             ``"greedy"`` takes the most probable token.
-        threshold: accept probability that splits accept from reject, in (0, 1).
+        threshold: accept probability that splits accept from reject, in (0, 1). It moves the
+            accept logit by -logit(threshold), which also a draw of ``"sample"`` is made from; an
+            accept probability in a trace is the agent's own, before that.
         strategy: ``"first"`` accepted candidate, of ``"max_prob"`` accept probability, or
             ``"random"`` among the accepted.
         fallback: if all are rejected: the ``"last"`` tried (paper), the ``"first"`` (authors'
@@ -212,10 +214,13 @@ class DecodingConfig:
             object.__setattr__(self, "eos_token_id", ids)
         if self.agent_weights is not None:
             weights = tuple(map(plain, several(self.agent_weights, numbers.Real)))
-            if not all(is_number(w) and w >= 0 for w in weights) or not any(weights):
+            # A set has no order.
+            is_set = isinstance(self.agent_weights, Set)
+            are_allowed = all(is_number(w) and w >= 0 for w in weights) and any(weights)
+            if is_set or not are_allowed:
                 raise ValueError(
                     f"agent_weights={self.agent_weights!r} is not allowed; allowed: finite numbers "
-                    ">= 0, one per agent, not all 0"
+                    ">= 0, one per agent in their order, not all 0"
                 )
             object.__setattr__(self, "agent_weights", tuple(map(float, weights)))
         self._check_limits()

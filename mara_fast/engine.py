@@ -173,6 +173,11 @@ class Engine:
         """
         from tqdm.auto import tqdm
 
+        if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+            raise ValueError(
+                f"streamer={streamer!r} is not allowed; allowed: a transformers streamer, which "
+                "has put() and end(), or None"
+            )
         run = self._start(prompts, config, sequence_ids, options, keeps_tokens=streamer is not None)
         results: list[Generation | None] = [None] * len(run.requests)
         if streamer is not None:

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mara_fast.alarms import alarms
 from mara_fast.config import DecodingConfig
 from mara_fast.engine import Engine
 from mara_fast.loading import AgentLike
+from mara_fast.outputs import DecodingStats
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -43,6 +45,8 @@ def custom_generate(
     the agent's defaults: the sampling defaults of transformers are not MARA's. Logits processors
     (a repetition penalty, for instance) and stopping criteria have no effect, with a warning; nor
     has a ``streamer``, which transformers keeps to itself.
+
+    What :mod:`mara_fast.alarms` says of all rows together is a warning.
 
     Args:
         model: the model ``generate`` was called on.
@@ -101,14 +105,18 @@ def custom_generate(
     mask = kwargs.get("attention_mask")
     keep = torch.ones_like(input_ids) if mask is None else mask
     prompts = [row[kept.bool()].tolist() for row, kept in zip(input_ids, keep, strict=True)]
-    generations = engine.generate(prompts, config, **options)
+    config = engine.config(config, **options)
+    generations = engine.generate(prompts, config)
     for index, generation in enumerate(generations):
         if generation.error is not None:
             raise RuntimeError(f"prompt {index}: {generation.error}")
+    total = sum((generation.stats for generation in generations), DecodingStats())
+    for text in alarms(total, config):
+        warnings.warn(text, stacklevel=2)
 
     pad = generation_config.pad_token_id
     if pad is None:
-        eos = engine.eos_ids(engine.config(config, **options))
+        eos = engine.eos_ids(config)
         pad = eos[0] if eos else 0
     elif isinstance(pad, list):
         pad = pad[0]

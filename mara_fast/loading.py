@@ -133,31 +133,35 @@ def load_agent(agent: AgentLike, *, model: Any, lm: "FrozenLM") -> MaraAgent | A
         agent = str(tiny.AGENT_PATH)
     if agent is None or agent is False:
         return None
-    if not isinstance(agent, list | tuple):
-        return _load_one(agent, lm)
-    if not agent:
-        raise ValueError(f"agent={agent!r} names no agent; plain decoding is agent=False")
-    agents = [_load_one(one, lm) for one in agent]
-    return agents[0] if len(agents) == 1 else AgentMixture.of(agents)
-
-
-def _load_one(agent: Any, lm: "FrozenLM") -> MaraAgent:
-    if isinstance(agent, str | os.PathLike):
-        agent = MaraAgent.from_pretrained(agent)
-    if not isinstance(agent, MaraAgent):
+    if not isinstance(agent, MaraAgent | str | os.PathLike | list | tuple):
         raise ValueError(
             "agent must be a MaraAgent, a folder, a hub id, a list of these, None or False, "
             f"got {type(agent).__name__}"
         )
+    if not isinstance(agent, list | tuple):
+        return _load_one(agent, lm, name="the agent")
+    if not agent:
+        raise ValueError(f"agent={agent!r} names no agent; plain decoding is agent=False")
+    agents = [_load_one(one, lm, name=f"agent[{index}]") for index, one in enumerate(agent)]
+    return agents[0] if len(agents) == 1 else AgentMixture.of(agents)
+
+
+def _load_one(agent: Any, lm: "FrozenLM", *, name: str) -> MaraAgent:
+    if isinstance(agent, str | os.PathLike):
+        agent = MaraAgent.from_pretrained(agent)
+    if not isinstance(agent, MaraAgent):
+        raise ValueError(
+            f"{name} must be a MaraAgent, a folder or a hub id, got {type(agent).__name__}"
+        )
     if agent.config.hidden_size != lm.hidden_size:
         raise ValueError(
-            f"the agent judges states of size {agent.config.hidden_size}, but {lm.name} has hidden "
+            f"{name} judges states of size {agent.config.hidden_size}, but {lm.name} has hidden "
             f"size {lm.hidden_size}: it was trained for another model"
             + (f" ({agent.config.base_model})" if agent.config.base_model else "")
         )
-    for name, parameter in agent.named_parameters():
+    for part, parameter in agent.named_parameters():
         if not parameter.isfinite().all():
-            raise ValueError(f"the agent's {name} holds NaN or infinite values")
+            raise ValueError(f"{name}'s {part} holds NaN or infinite values")
     return agent.to(lm.device)
 
 

@@ -123,9 +123,10 @@ def check_dials(agent: "MaraAgent | AgentMixture | None", config: DecodingConfig
 def check_weights(weights: Sequence[float] | None, num_agents: int) -> None:
     """Raises a ValueError unless there is a weight per agent, or None for all of them."""
     if weights is not None and len(weights) != num_agents:
+        plural_s = ["s" * (number != 1) for number in (len(weights), num_agents)]
         raise ValueError(
-            f"agent_weights={tuple(weights)!r} has {len(weights)} weights for {num_agents} "
-            f"agent{'s' * (num_agents != 1)}: give one per agent, in their order"
+            f"agent_weights={tuple(weights)!r} has {len(weights)} weight{plural_s[0]} for "
+            f"{num_agents} agent{plural_s[1]}: give one per agent, in their order"
         )
 
 

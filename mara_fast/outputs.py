@@ -36,7 +36,8 @@ class TokenTrace:
 
     token_id: int
     rank: int
-    """Probability rank of the token in its candidate set, 0 = most probable."""
+    """Probability rank of the token in its candidate set, 0 = most probable. Of a ``plain`` token
+    0 of 1, drawn or not: nobody decided among candidates, and none are kept."""
     num_candidates: int
     logprob: float
     accept_prob: float | None

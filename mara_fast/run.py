@@ -327,4 +327,5 @@ class Run:
             stats=DecodingStats(),
             tokens=(),
             trace=() if self.config.trace else None,
+            options=self.config.to_dict() if self.config.trace else None,
         )

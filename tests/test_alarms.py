@@ -320,7 +320,13 @@ def test_what_alarms_say() -> None:
     ):
         assert all(part in text for part in parts), text
         assert "\n" not in text
+    assert "; with several agents, give one less weight (agent_weights)" in drifted
     assert alarms(some(), DecodingConfig(kl_budget=0.0)) == ()
+    # Numbers as they were given: not all of them are round.
+    exact = DecodingConfig(threshold=0.99999999, top_p=0.12345678, max_fallback_rate=0.12345678)
+    [rejected] = alarms(some(num_all_rejected=37), exact)
+    for number in ("threshold=0.99999999", "top_p=0.12345678", "max_fallback_rate=0.12345678"):
+        assert number in rejected
 
 
 def test_over_rejection_is_seen() -> None:

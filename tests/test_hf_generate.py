@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import speaker
+from exactness import random_agent
 from mara_fast import DecodingConfig, Engine, custom_generate
 from naming import stable_id
 from speaker import EOS, PAD
@@ -139,7 +140,9 @@ def test_lengths() -> None:
 
 
 def test_a_config_decides_all_but_the_length_and_eos() -> None:
-    config = DecodingConfig(top_k=3, fallback="first", threshold=0.8, max_new_tokens=99)
+    config = DecodingConfig(
+        top_k=3, fallback="first", threshold=0.8, max_new_tokens=99, max_fallback_rate=None
+    )
     new = decode(config=config)[:, batch()["input_ids"].shape[1] :]
     assert torch.equal(new, padded(wanted(top_k=3, fallback="first", threshold=0.8)))
     assert not torch.equal(new, padded(wanted()))
@@ -249,6 +252,19 @@ def test_nothing_warns_without_a_reason() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         decode(min_new_tokens=2, eos_token_id=[3])
+
+
+def test_alarms_are_warnings() -> None:
+    """Once for all rows: none of them is long enough by itself."""
+    agent = random_agent(speaker.model().config.hidden_size, accept_bias=-30.0)
+    strict = Engine(speaker.model(), agent, speaker.tokenizer())
+    options = {"engine": strict, "max_new_tokens": 9, "eos_token_id": [], "pad_token_id": PAD}
+    with pytest.warns(UserWarning, match=r"rejected every candidate at 100\.0% of") as caught:
+        decode(**options)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode(**options, config=DecodingConfig(max_fallback_rate=None, max_repetition=None))
 
 
 def test_nan_logits_raise() -> None:

@@ -332,7 +332,7 @@ def test_agents_are_folders_too(tmp_path: Path) -> None:
     options: dict[str, Any] = {"max_new_tokens": 6, "agent_weights": (1, 0, 2)}
     wanted = ids_of(engine_of(*agents()).generate(prompts(), **options))
     folders: list[Any] = [tmp_path / "0", str(tmp_path / "1"), agents()[2]]
-    for given in (folders, tuple(folders), engine_of(*agents()).agent):
+    for given in (folders, tuple(folders)):
         engine = Engine(model(), given, max_batch_size=3)
         assert ids_of(engine.generate(prompts(), **options)) == wanted
     assert ids_of(mara_fast.generate(prompts(), model(), folders, **options)) == wanted
@@ -363,7 +363,7 @@ def test_a_list_of_one_is_the_one() -> None:
     [
         ([], r"agent=\[\] names no agent; plain decoding is agent=False"),
         ((), r"agent=\(\) names no agent"),
-        ([None], "a list of these, None or False, got NoneType"),
+        ([None], "agent.0. must be a MaraAgent, a folder or a hub id, got NoneType"),
         ([False, True], "got bool"),
         ([[]], "got list"),
         ({"a": 1}, "got dict"),
@@ -380,11 +380,22 @@ def test_every_agent_must_fit() -> None:
     spoilt = copy.deepcopy(agents()[0])
     spoilt.linear1.weight[0, 0] = NAN
     for other, message in (
-        (MaraAgent(32, 8), "judges states of size 32, but .* has hidden size 48"),
-        (spoilt, "linear1.weight holds NaN"),
+        (MaraAgent(32, 8), " judges states of size 32, but .* has hidden size 48"),
+        (spoilt, "'s linear1.weight holds NaN"),
+        (5, " must be a MaraAgent, .* got int"),
     ):
-        with pytest.raises(ValueError, match=message):
-            engine_of(agents()[0], other)
+        with pytest.raises(ValueError, match=rf"^agent\[1\]{message}"):
+            engine_of(agents()[0], other)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=rf"^(the )?agent{message}"):
+            engine_of(other)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weights", [{1, 2}, frozenset({0.5, 1.5})], ids=str)
+def test_weights_have_an_order(weights: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"is not allowed; allowed: .* one per agent in their order"
+    ):
+        DecodingConfig(agent_weights=weights)
 
 
 @pytest.mark.parametrize("num_agents", [1, 2, 3])
@@ -394,7 +405,8 @@ def test_a_weight_per_agent(num_agents: int) -> None:
         if len(weights) == num_agents:
             assert engine.config(agent_weights=weights).agent_weights == weights
             continue
-        message = rf"has {len(weights)} weights for {num_agents} agent.?: give one per agent"
+        counted = f"{len(weights)} weight{'s' * (len(weights) > 1)}"
+        message = rf"has {counted} for {num_agents} agent.?: give one per agent"
         for call in (
             lambda w=weights: engine.config(agent_weights=w),
             lambda w=weights: engine.generate([[5]], DecodingConfig(agent_weights=w)),
@@ -491,9 +503,9 @@ def test_flags(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["-a", "x", "-a", "y", "--agent-weight", "1"], "has 1 weights for 2 agents"),
+        (["-a", "x", "-a", "y", "--agent-weight", "1"], "has 1 weight for 2 agents"),
         (["-a", "x", "--agent-weight", "1", "--agent-weight", "2"], "has 2 weights for 1 agent:"),
-        (["--no-agent", "--agent-weight", "1"], "has 1 weights for 0 agents"),
+        (["--no-agent", "--agent-weight", "1"], "has 1 weight for 0 agents"),
         (["-a", "x", "-a", "y", "--no-agent"], "give --agent or --no-agent, not both"),
         (["--agent-weight", "-1"], "agent_weights=[-1.0] is not allowed"),
         (["--agent-weight", "nan"], "agent_weights=[nan] is not allowed"),

@@ -174,6 +174,13 @@ def test_the_model_is_left_as_it_was() -> None:
 # Streamers of transformers, and progress
 
 
+def test_what_is_no_streamer() -> None:
+    with pytest.raises(
+        ValueError, match="streamer=5 is not allowed; allowed: a transformers strea"
+    ):
+        speaker.engine().generate("Hi", streamer=5)  # type: ignore[arg-type]
+
+
 def test_text_streamer(capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import TextStreamer
 

@@ -126,6 +126,16 @@ def test_trace_of_plain_decoding() -> None:
     assert result.trace is not None
     assert tuple(without_more(token) for token in result.trace) == result.tokens
     assert all(token.candidates == () for token in result.tokens)
+    # Drawn or not, no rank is known.
+    options: dict[str, Any] = {"acceptance": "sample", "seed": 3}
+    [drawn] = speaker.engine(aligned=False).generate("Hi", trace=True, **OPTIONS, **options)
+    assert {(t.rank, t.num_candidates) for t in (*result.tokens, *drawn.tokens)} == {(0, 1)}
+    assert drawn.token_ids != result.token_ids
+
+
+def test_trace_of_nothing() -> None:
+    [result] = speaker.engine().generate("Hi", trace=True, max_new_tokens=0, top_k=7)
+    assert result.trace == () and result.options is not None and result.options["top_k"] == 7
 
 
 def test_stats_add() -> None:

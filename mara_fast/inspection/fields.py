@@ -83,7 +83,7 @@ def reader(hint: Any, name: str) -> Reader:
     if NoneType in kinds:
         [kind] = [kind for kind in kinds if kind is not NoneType]
         return _optional(reader(kind, name))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return reader_of(hint)
     if origin is Literal:
         return _one_of(lambda value: isinstance(value, str) and value in kinds, ", ".join(kinds))

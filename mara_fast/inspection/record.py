@@ -24,8 +24,8 @@ A token:
                       to the text (and to the stop string after it, if one ended it). A token
                       within a character adds "": the character is in the one that completes it.
     is_special        bool: it adds nothing to the text; its text is its name
-    rank              int: by probability in the candidate set, 0 = most probable
-    num_candidates    int: size of the candidate set
+    rank              int: by probability in the candidate set, 0 = most probable; 0 if plain
+    num_candidates    int: size of the candidate set; 1 if plain, as none is kept
     logprob           float, nats: of its full-vocabulary probability; null: minus infinity
     accept_prob       float in [0, 1]: of the agent; null if it was not asked
     verdict           "accepted"; "fallback": all were rejected; "forced": the only candidate, the
