@@ -387,7 +387,7 @@ def test_every_agent_must_fit() -> None:
         with pytest.raises(ValueError, match=rf"^agent\[1\]{message}"):
             engine_of(agents()[0], other)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match=rf"^(the )?agent{message}"):
-            engine_of(other)  # type: ignore[arg-type]
+            Engine(model(), other)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("weights", [{1, 2}, frozenset({0.5, 1.5})], ids=str)
