@@ -3,6 +3,7 @@
 const popup = document.getElementById("popup");
 // place: of the token that was shown last.
 const shown = { focused: null, hovered: null, timer: 0, place: -1 };
+const pointer = { x: NaN, y: NaN };
 let tokens = [];
 
 function why(token, isFirst) {
@@ -117,10 +118,9 @@ function go(place) {
   for (const other of tokens) other.tabIndex = other === node ? 0 : -1;
   shown.hovered = null;
   node.focus({ preventScroll: true });
+  // It may have had the focus before, with its popup closed.
   shown.focused = node;
   settle();
-  // With the popup there: on a phone it covers what is below.
-  node.scrollIntoView({ block: "nearest" });
 }
 
 function onKey(event) {
@@ -142,9 +142,19 @@ function tokenNode(token, place) {
   const outside = rest ? space : "";
   const whole = token.text === null ? [mark("#" + token.token_id)] : token.text === "" ? [mark("·")] : visible(token.text.slice(outside.length));
   const node = element("span", { class: classes(token), role: "button", "data-place": place, tabindex: place ? -1 : 0 }, whole);
-  node.addEventListener("mouseenter", () => { shown.hovered = node; settle(); });
+  node.addEventListener("pointerenter", (event) => {
+    // A finger focuses. Where the page has moved below the pointer, nothing is pointed at.
+    if (event.pointerType === "touch" || (event.screenX === pointer.x && event.screenY === pointer.y)) return;
+    shown.hovered = node;
+    settle();
+  });
   node.addEventListener("mouseleave", leave);
-  node.addEventListener("focus", () => { shown.focused = node; settle(); });
+  node.addEventListener("focus", () => {
+    shown.focused = node;
+    settle();
+    // With the popup there: on a phone it covers what is below.
+    node.scrollIntoView({ block: "nearest" });
+  });
   node.addEventListener("blur", (event) => { if (event.relatedTarget !== popup) { shown.focused = null; settle(); } });
   node.addEventListener("click", () => go(place));
   node.addEventListener("keydown", onKey);
@@ -223,7 +233,8 @@ function showResult(index) {
 function listResults() {
   const entry = (result, index) => {
     const count = result.tokens.filter((token) => token.rank).length;
-    const note = [result.id === null ? "" : result.id, `${result.tokens.length} tokens`, count === 1 ? "1 change" : count + " changes"];
+    const what = isWithoutAgent(result) ? "without an agent" : count === 1 ? "1 change" : count + " changes";
+    const note = [result.id === null ? "" : result.id, `${result.tokens.length} tokens`, what];
     return element("li", {}, element("button", { type: "button", "data-index": index, onclick: () => { showResult(index); window.scrollTo(0, 0); } },
       element("bdi", { class: "prompt-line" }, promptLine(result.prompt)), element("small", {}, visible(note.filter(Boolean).join(" · "), false))));
   };
@@ -233,6 +244,11 @@ function listResults() {
 }
 
 fillSegments(document.getElementById("themes"), THEMES, "auto", (theme) => { document.documentElement.dataset.theme = theme; });
+for (const name of ["pointermove", "pointerdown"]) {
+  document.addEventListener(name, (event) => {
+    if (event.pointerType !== "touch") Object.assign(pointer, { x: event.screenX, y: event.screenY });
+  }, true);
+}
 popup.addEventListener("mouseenter", () => clearTimeout(shown.timer));
 popup.addEventListener("mouseleave", leave);
 // A click or a tap in it takes the focus from the token, which stays the one that is shown.

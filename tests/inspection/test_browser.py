@@ -471,6 +471,20 @@ def test_a_narrow_window(spoken: list[Generation], hostile: Generation, opened: 
             view.keyboard.press("Escape")
 
 
+def test_what_is_tapped_is_shown(spoken: list[Generation], opened: Any) -> None:
+    """And not what the page has moved below a mouse that rests."""
+    long = dataclasses.replace(spoken[0], trace=(spoken[0].trace or ()) * 12, counterfactuals=None)
+    view = opened([long], viewport={"width": 360, "height": 700}, has_touch=True)
+    view.mouse.move(180, 300)
+    view.evaluate("y => window.scrollTo(0, y)", node(view, 100).bounding_box()["y"] - 640)
+    box = node(view, 100).bounding_box()
+    view.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    view.wait_for_timeout(400)
+    assert "token 101 of" in view.locator("#popup").inner_text()
+    token = node(view, 100).bounding_box()
+    assert token["y"] + token["height"] <= view.locator("#popup").bounding_box()["y"]
+
+
 def test_in_a_notebook(spoken: list[Generation], browser: Any, tmp_path: Path) -> None:
     path = tmp_path / "notebook.html"
     path.write_text(f"<body>{spoken[0]._repr_html_()}</body>", encoding="utf-8")
