@@ -1,7 +1,8 @@
 """What the judge says of every answer, in files that a stopped run goes on from.
 
-    <folder>/scores/<system>/<data set>.jsonl     {"id", "prompt": [prompt, answer, columns], "scores"}
-    <folder>/verdicts/<a> vs <b>/<data set>.jsonl {"id", "prompt": [prompt, a, b], "verdict"}
+    <folder>/scores/<system>/<data set>.jsonl      {"id", "prompt": [prompt, answer, columns],
+                                                   "scores"}
+    <folder>/verdicts/<a> vs <b>/<data set>.jsonl  {"id", "prompt": [prompt, a, b], "verdict"}
 
 Shapes: N prompts, M samples of each, R rewards.
 """
