@@ -109,7 +109,7 @@ def test_every_architecture_packs(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @settings(
-    max_examples=50,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

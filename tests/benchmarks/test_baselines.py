@@ -80,7 +80,9 @@ def test_the_folder_loads_in_an_engine_and_is_another_model(
     assert any(changed)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["dpo", *(pytest.param(one, marks=pytest.mark.slow) for one in METHODS[1:])]
+)
 def test_a_training_repeats_byte_for_byte(
     baselines: ModuleType, quick: dict[str, Any], method: str, tmp_path: Path
 ) -> None:
