@@ -193,7 +193,7 @@ def _ranks(evaluation: Evaluation) -> Figure:
         color = {0.8: "#2f6fb7", 0.9: "#b4561a", 0.95: "#7a7f87"}[top_p]
         label = f"top-k {top_k}, top-p {top_p}"
         axes.plot(range(5), [100 * one for one in shares], style, color=color, label=label)
-    axes.set(xlabel="probability rank", ylabel="% of acceptances", xticks=range(5))
+    axes.set(xlabel="probability rank", ylabel="% of acceptances", xticks=range(5), yscale="log")
     axes.legend(frameon=False, fontsize=8, ncols=3)
     return Figure(
         title="Accepted ranks",
@@ -206,22 +206,32 @@ def _ranks(evaluation: Evaluation) -> Figure:
 def _frontier(trained: Evaluation, dials: Evaluation) -> Figure:
     figure, axes = _axes(8.5, 4.4)
     lines = {
-        "ratio of reward to cost in training": (trained, "o", "#b4561a", None),
-        "threshold of one agent": (dials, "s", "#2f6fb7", "threshold"),
-        "mixture of two agents": (dials, "D", "#7a7f87", "agent"),
+        "ratio of reward to cost in training": (trained, "o", "#b4561a", None, 6, True),
+        "threshold of one agent": (dials, "s", "#2f6fb7", "threshold", 6, False),
+        "mixture of two agents": (dials, "D", "#7a7f87", "agent", -6, False),
     }
-    for label, (evaluation, marker, color, part) in lines.items():
+    for label, (evaluation, marker, color, part, side, above) in lines.items():
         points = [
             (one.ours, *(100 * one.by_reward[name].rate for name in ("harmless", "helpful")))
             for one in evaluation.comparisons
             if one.dataset == "Mixed" and (part is None or part in one.ours)
         ]
         xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
-        axes.plot(xs, ys, "-" if part else "", marker=marker, color=color, label=label)
-        for name, x, y in points:
+        # Ratios have no order; dials are turned from one value to the next.
+        style = "-" if part else "none"
+        axes.plot(xs, ys, linestyle=style, marker=marker, color=color, label=label)
+        for number, (name, x, y) in enumerate(points):
             short = name.replace(f"{EMBEDDED} + MARA", "").replace(" to ", ":").strip() or "1:1"
             short = short.removeprefix("threshold ").removesuffix(" reward agent")
-            axes.annotate(short, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            axes.annotate(
+                short,
+                (x, y),
+                # Points of one agent lie on one another.
+                xytext=(side, 5 if above or number % 2 else -11),
+                ha="left" if side > 0 else "right",
+                textcoords="offset points",
+                fontsize=7,
+            )
     axes.set(xlabel="harmless, % over the LM's answers", ylabel="helpful, %")
     axes.legend(frameon=False, fontsize=8)
     return Figure(
