@@ -11,7 +11,7 @@ import torch
 import mara_fast.decoder
 import mara_kernels.attention.rows
 from architectures import ARCHITECTURES, random_prompt
-from exactness import check_exact, random_agent
+from exactness import FixedBudget, check_exact, random_agent
 from host_reads import ForbidHostReads
 from mara_fast import Engine
 from mara_fast.cache import SlotCache
@@ -170,8 +170,12 @@ def test_nan_ends_its_own_sequence_only() -> None:
         assert all(result.error is None for result in results)
 
 
-def test_nan_stays_out_of_a_slot_that_another_takes() -> None:
+@pytest.mark.parametrize("host_reads", [True, False])
+def test_nan_stays_out_of_a_slot_that_another_takes(
+    host_reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A slot that has ended idles beside one whose token is NaN, and then takes a prompt."""
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: host_reads)
     model = ARCHITECTURES["llama"]()
     prompts = [random_prompt(model, 12), *(random_prompt(model, 3, seed=s) for s in range(30))]
     plain = Engine(model, False, max_batch_size=32)
@@ -190,13 +194,14 @@ def test_nan_stays_out_of_a_slot_that_another_takes() -> None:
     )
     engine = Engine(model, random_agent(48), max_batch_size=3)
     assert engine.lm.can_pack
+    # Packed: fewer rows than slots times their most.
+    engine._costs = FixedBudget(3, 1.5)
     model.get_input_embeddings().weight[answers[spoilt][0]] = torch.nan
     results = engine.generate(
         [prompts[i] for i in (long, ended, spoilt, innocent)],
         max_new_tokens=6,
         top_k=1,
         eos_token_id=answers[ended][0],
-        window=1,
     )
     assert [r.finish_reason for r in results] == ["length", "eos", "error", "length"]
     assert [results[0].token_ids, results[3].token_ids] == [answers[long], answers[innocent]]
