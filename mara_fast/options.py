@@ -44,6 +44,16 @@ def from_yaml(text: str) -> Any:
                     raise ValueError(f"{name} is given twice")
             return node
 
+        def flatten_mapping(self, node: yaml.MappingNode) -> None:
+            super().flatten_mapping(node)
+            # The last of a key holds. PyYAML 6.0.4 takes the first where a name is one character
+            # and the mapping, itself with a merge in it, is merged again.
+            last = {
+                (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key): (key, value)
+                for key, value in node.value
+            }
+            node.value = list(last.values())
+
     Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float",
         re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
