@@ -1,6 +1,9 @@
 """Keys and values of the slots: a committed prefix, and room for undecided rows behind it."""
 
+from collections import Counter
+from collections.abc import Iterable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,28 +21,65 @@ class _View:
         self.packing: Packing | None = None
 
 
+class RowKind(NamedTuple):
+    """What the rows of a buffer are: keys or values of one layer."""
+
+    num_heads: int
+    head_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, states: Tensor) -> "RowKind":
+        """Of states [B, H, T, D]."""
+        return cls(states.shape[1], states.shape[3], states.device, states.dtype)
+
+
+class _Memory:
+    """Buffers [slots, H, rows, D]; those of one kind lie in one tensor, to be moved in one go.
+
+    Args:
+        num_slots, num_rows: of every buffer.
+        kinds: of the buffers that will be asked for; one that is not among them lies by itself.
+    """
+
+    def __init__(self, num_slots: int, num_rows: int, kinds: Iterable[RowKind]) -> None:
+        self.num_slots, self.num_rows = num_slots, num_rows
+        self.stacks: list[Tensor] = []
+        """[N, slots, H, rows, D] each."""
+        self._expected = Counter(kinds)
+        self._free: dict[RowKind, list[Tensor]] = {}
+
+    def buffer_for(self, states: Tensor) -> Tensor:
+        """A buffer that such states fit in."""
+        kind = RowKind.of(states)
+        free = self._free.setdefault(kind, [])
+        if not free:
+            size = (self.num_slots, kind.num_heads, self.num_rows, kind.head_size)
+            # Zeros, not empty: a masked key still enters a product, and 0 * NaN is NaN.
+            stack = states.new_zeros(self._expected.pop(kind, 1), *size)
+            self.stacks.append(stack)
+            free += [stack[index] for index in reversed(range(len(stack)))]
+        buffer = free.pop()
+        torch._dynamo.mark_static_address(buffer)
+        return buffer
+
+
 class SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, [slots, Hkv, rows, D] each."""
 
     is_compileable = True
     is_sliding = False
 
-    def __init__(self, *, num_slots: int, num_rows: int, view: _View) -> None:
+    def __init__(self, *, memory: _Memory, view: _View) -> None:
         super().__init__()
-        self.num_slots, self.num_rows, self.view = num_slots, num_rows, view
+        self.memory, self.view = memory, view
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Allocates from the first states seen: dtype, device and head counts are theirs."""
-        # Zeros, not empty: a masked key still enters a product, and 0 * NaN is NaN.
-        self.keys = self._zeros(key_states)
-        self.values = self._zeros(value_states)
+        self.keys = self.memory.buffer_for(key_states)
+        self.values = self.memory.buffer_for(value_states)
         self.is_initialized = True
-
-    def _zeros(self, states: Tensor) -> Tensor:
-        _, num_heads, _, head_size = states.shape
-        buffer = states.new_zeros(self.num_slots, num_heads, self.num_rows, head_size)
-        torch._dynamo.mark_static_address(buffer)
-        return buffer
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -69,7 +109,7 @@ class SlotLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Rows of a slot."""
-        return self.num_rows
+        return self.memory.num_rows
 
     # Its name in earlier versions of transformers (5.10).
     get_max_cache_shape = get_max_length
@@ -85,19 +125,30 @@ class SlotCache(Cache):
         num_slots: sequences held at once.
         max_length: positions per sequence.
         scratch: the most rows one forward adds per slot.
+        kinds: of all keys and values, as another cache of the model had them, see :attr:`kinds`.
     """
 
-    def __init__(self, *, num_slots: int, max_length: int, scratch: int) -> None:
+    def __init__(
+        self, *, num_slots: int, max_length: int, scratch: int, kinds: Iterable[RowKind] = ()
+    ) -> None:
         self.num_slots, self.max_length, self.scratch = num_slots, max_length, scratch
         self.trash = max_length + scratch
         self.view = _View()
-        layer = partial(SlotLayer, num_slots=num_slots, num_rows=self.trash + 1, view=self.view)
+        self._memory = _Memory(num_slots, self.trash + 1, kinds)
+        layer = partial(SlotLayer, memory=self._memory, view=self.view)
         super().__init__(layer_class_to_replicate=layer)
 
     @property
     def num_bytes(self) -> int:
         """Memory held."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers())
+        return sum(stack.nbytes for stack in self._memory.stacks)
+
+    @property
+    def kinds(self) -> tuple[RowKind, ...]:
+        """Of the keys and values of every layer that was forwarded."""
+        return tuple(
+            RowKind.of(buffer) for layer in self.layers for buffer in (layer.keys, layer.values)
+        )
 
     def select(self, slots: slice, *, base: int, packing: Packing | None = None) -> None:
         """Chooses the slots of the next forward and the row where its new rows begin.
@@ -117,37 +168,34 @@ class SlotCache(Cache):
             destination: int64 [B, C], where to; ``trash`` for nowhere.
         """
         slot = torch.arange(source.shape[0], device=source.device)[:, None]
-        for buffer in self._buffers():
-            rows = buffer[self.view.slots]
-            rows[slot, :, destination] = rows[slot, :, source]
+        for stack in self._memory.stacks:
+            rows = stack[:, self.view.slots]
+            rows[:, slot, :, destination] = rows[:, slot, :, source]
 
     def commit_rows(self, slots: Tensor, source: Tensor, destination: Tensor) -> None:
         """Moves one row in some of the selected slots; all int64 [N]."""
-        for buffer in self._buffers():
-            rows = buffer[self.view.slots]
-            rows[slots, :, destination] = rows[slots, :, source]
+        for stack in self._memory.stacks:
+            rows = stack[:, self.view.slots]
+            rows[:, slots, :, destination] = rows[:, slots, :, source]
 
     def move(self, source: int, destination: int, *, length: int) -> None:
         """Copies the first ``length`` rows of a slot over those of another."""
-        for buffer in self._buffers():
-            buffer[destination, :, :length] = buffer[source, :, :length]
+        for stack in self._memory.stacks:
+            stack[:, destination, :, :length] = stack[:, source, :, :length]
 
     def swap(self, first: int, second: int, *, length: int) -> None:
         """Exchanges the first ``length`` rows of two slots."""
-        for buffer in self._buffers():
-            kept = buffer[first, :, :length].clone()
-            buffer[first, :, :length] = buffer[second, :, :length]
-            buffer[second, :, :length] = kept
+        for stack in self._memory.stacks:
+            kept = stack[:, first, :, :length].clone()
+            stack[:, first, :, :length] = stack[:, second, :, :length]
+            stack[:, second, :, :length] = kept
 
     def clear_rows(self, base: int) -> None:
         """Zeroes the rows of the selected slots from ``base`` on."""
-        for buffer in self._buffers():
-            buffer[self.view.slots, :, base:].zero_()
+        for stack in self._memory.stacks:
+            stack[:, self.view.slots, :, base:].zero_()
 
     def clear(self, slot: int) -> None:
         """Zeroes a slot: a NaN left in it would leak through masked products."""
-        for buffer in self._buffers():
-            buffer[slot].zero_()
-
-    def _buffers(self) -> list[Tensor]:
-        return [buffer for layer in self.layers for buffer in (layer.keys, layer.values)]
+        for stack in self._memory.stacks:
+            stack[:, slot].zero_()

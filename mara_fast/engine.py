@@ -358,7 +358,12 @@ class Engine:
         ):
             # The old one's memory is free before the new one is allocated.
             decoder = cache = None
-            cache = SlotCache(num_slots=pool.num_slots, max_length=pool.max_length, scratch=scratch)
+            cache = SlotCache(
+                num_slots=pool.num_slots,
+                max_length=pool.max_length,
+                scratch=scratch,
+                kinds=self.lm.row_kinds,
+            )
         host_reads = self._host_reads()
         fits = decoder is not None and (
             (decoder.config, decoder.host_reads) == (config, host_reads) and decoder.agent == agent

@@ -12,7 +12,7 @@ import logging
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,8 @@ from mara_fast.attention import (
     TreeContext,
     register_attention,
 )
-from mara_fast.cache import SlotCache
+from mara_fast.cache import RowKind, SlotCache
+from mara_fast.linear_layers import fast_linear
 from mara_fast.self_check import check_path
 from mara_fast.tensor_parallel import is_sharded, of_first
 
@@ -81,6 +82,8 @@ class FrozenLM:
         self._head = self._headless_copy()
         self._injected: TreeContext | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.row_kinds: tuple[RowKind, ...] = ()
+        """Of the keys and values of every layer, as measured."""
         self.row_bytes = 0
         """Keys and values of one position in all layers, as measured."""
         self._step_body: Any = self.body
@@ -161,7 +164,8 @@ class FrozenLM:
             if compiled and self.is_compiled and context.rows.tree.kind == "siblings":
                 hidden = self._compiled_step(inputs)
             else:
-                hidden = self.body(**inputs).last_hidden_state
+                with self._linear_layers():
+                    hidden = self.body(**inputs).last_hidden_state
         return of_first(hidden) if self.is_sharded else hidden
 
     def _compiled_step(self, inputs: dict[str, Any]) -> Tensor:
@@ -190,7 +194,11 @@ class FrozenLM:
 
     def logits(self, hidden_NH: Tensor) -> Tensor:
         """Next-token logits [N, V] of hidden states, by the model's own tail."""
-        return self._head(inputs_embeds=hidden_NH[:, None], use_cache=False).logits[:, 0]
+        with self._linear_layers():
+            return self._head(inputs_embeds=hidden_NH[:, None], use_cache=False).logits[:, 0]
+
+    def _linear_layers(self) -> AbstractContextManager[None]:
+        return fast_linear() if self.device.type == "cpu" else nullcontext()
 
     @contextmanager
     def _our_attention(self, context: TreeContext) -> Iterator[None]:
@@ -281,7 +289,7 @@ class FrozenLM:
             if inject:
                 self._inject_context()
             try:
-                self.row_bytes, self.can_pack = check_path(self)
+                self.row_kinds, self.row_bytes, self.can_pack = check_path(self)
             # Whatever a foreign model raises under our cache and mask: this path is not for it.
             except Exception as error:
                 reason = str(error).strip().splitlines() or [type(error).__name__]

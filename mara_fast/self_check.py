@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mara_fast.attention import ATTENTION_NAME, TreeContext
-from mara_fast.cache import SlotCache
+from mara_fast.cache import RowKind, SlotCache
 from mara_fast.row_budget import Packing, StepShape
 from mara_kernels.attention import NewRows, Tree, chain, siblings
 
@@ -29,6 +29,8 @@ _BASE = 5
 class Checked(NamedTuple):
     """What the check found out on the way."""
 
+    row_kinds: tuple[RowKind, ...]
+    """Of the keys and values of every layer."""
     row_bytes: int
     """Keys and values of one position in all layers."""
     can_pack: bool
@@ -100,7 +102,7 @@ def check_path(lm: "FrozenLM") -> Checked:
             return False
         return True
 
-    return Checked(row_bytes, lm.attention == "candidate" and packs())
+    return Checked(cache.kinds, row_bytes, lm.attention == "candidate" and packs())
 
 
 def _check_implementation(lm: "FrozenLM") -> None:

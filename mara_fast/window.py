@@ -245,7 +245,9 @@ def _measure(
     lm: FrozenLM, capture: Capture | None, with_head: bool, num_slots: int, shape: StepShape
 ) -> float:
     device, window = lm.device, shape.window
-    cache = SlotCache(num_slots=num_slots, max_length=_CONTEXT, scratch=window)
+    cache = SlotCache(
+        num_slots=num_slots, max_length=_CONTEXT, scratch=window, kinds=lm.row_kinds
+    )
     cache.select(slice(0, num_slots), base=_CONTEXT)
     length = torch.full((num_slots,), _CONTEXT, device=device)
     ids = torch.zeros(num_slots, window, dtype=torch.int64, device=device)

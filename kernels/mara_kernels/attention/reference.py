@@ -75,7 +75,9 @@ def candidate_attention(
     num_kv_heads, group = key.shape[1], num_heads // key.shape[1]
     # Heads that share keys become rows of one tile: the prefix is read once for all of them.
     packed = query.reshape(num_slots, num_kv_heads, group * num_rows, -1)
-    mask = None if visible is None else visible[:, None].repeat(1, 1, group, 1)
+    mask = None if visible is None else visible[:, None]
+    if mask is not None and group > 1:
+        mask = mask.repeat(1, 1, group, 1)
     if softcap is None and sinks is None:
         output = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scale)
         return output.reshape(num_slots, num_heads, num_rows, -1)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mara_kernels.linear import linear
+
 
 class AgentParameters(NamedTuple):
     """The accept model's parameters. Row 0 of ``weight3``/``bias3`` is reject, row 1 accept."""
@@ -50,9 +52,9 @@ def score(states: Tensor, parameters: AgentParameters) -> Tensor:
     p = parameters
     x = states.to(p.weight1.dtype)
     x = F.layer_norm(x, (x.shape[-1],), p.norm_weight, p.norm_bias, p.norm_eps)
-    x = torch.relu(F.linear(x, p.weight1, p.bias1))
-    x = torch.relu(F.linear(x, p.weight2, p.bias2))
-    z = F.linear(x, p.weight3, p.bias3)
+    x = torch.relu(linear(x, p.weight1, p.bias1))
+    x = torch.relu(linear(x, p.weight2, p.bias2))
+    z = linear(x, p.weight3, p.bias3)
     if z.dtype != torch.float64:
         z = z.float()
     return z[..., 1] - z[..., 0]

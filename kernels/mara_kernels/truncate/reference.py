@@ -33,7 +33,9 @@ def truncate(
     """The candidate set of each row of logits; arguments as those of the operation, with
     ``1 <= top_k <= capacity <= V``."""
     vocab_size = logits.shape[-1]
-    logprob_BV = torch.log_softmax(logits.float() / temperature, dim=-1)
+    # Dividing by 1 changes nothing, and passes over the vocabulary.
+    scaled_BV = logits.float() if temperature == 1 else logits.float() / temperature
+    logprob_BV = torch.log_softmax(scaled_BV, dim=-1)
     top_BC, id_BC = _largest(logprob_BV, capacity)
     kth_B1 = top_BC[:, top_k - 1 : top_k]
     # The last column ties with the k-th: further ties may have found no column. Ties at -inf have
