@@ -280,7 +280,7 @@ def truncate(
 def plain_forward(
     model: Any, prefix: tuple[int, ...], memo: Memo | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last logits [V], float32 on the CPU, and last state [H] of one forward over the whole prefix."""
+    """Last logits [V], float32 on the CPU, and last state [H] of one forward over the prefix."""
     if memo is not None and prefix in memo:
         return memo[prefix]
     input_ids = torch.tensor([prefix], device=getattr(model, "device", "cpu"))

@@ -1,4 +1,4 @@
-"""The check at construction, in half precision: rounding of a deep model passes, mistakes do not."""
+"""The check at construction in half precision: rounding of a deep model passes, mistakes do not."""
 
 import dataclasses
 

@@ -17,8 +17,8 @@ from mara_fast.cache import SlotCache
 from mara_fast.language_model import FrozenLM
 
 _ROOFLINE = {"cuda": (2**32, 8192), "cpu": (2**28, 1024)}
-"""Bytes read and side of the square multiplied, by device. A GPU's are large enough that waiting for
-it takes no share of the time, and several times what its caches hold."""
+"""Bytes read and side of the square multiplied, by device. A GPU's are large enough that waiting
+for it takes no share of the time, and many times what its caches hold."""
 
 
 def synchronise(device: torch.device) -> None:
@@ -122,16 +122,7 @@ def roofline(model: PreTrainedModel, *, context: float, batch_size: int) -> dict
     """
     device, dtype = model.device, model.dtype
     num_bytes, size = _ROOFLINE.get(device.type, _ROOFLINE["cpu"])
-    # Ones: memory that was never written to is not read either.
-    values = torch.ones(num_bytes // dtype.itemsize, dtype=dtype, device=device)
-    bytes_per_s = num_bytes / _fastest(lambda: values.sum(), device)
-    if device.type == "cuda":
-        # A sum reaches a little less than the memory gives.
-        target = torch.empty_like(values)
-        copied = 2 * num_bytes / _fastest(lambda: target.copy_(values), device)
-        bytes_per_s = max(bytes_per_s, copied)
-        del target
-    del values
+    bytes_per_s = _bandwidth(num_bytes, dtype, device)
     # Random: multiplying ones takes less power, for which a GPU's clock rises.
     square = torch.rand(size, size, dtype=dtype, device=device)
     flop_per_s = 2 * size**3 / _fastest(lambda: square @ square, device)
@@ -153,6 +144,17 @@ def roofline(model: PreTrainedModel, *, context: float, batch_size: int) -> dict
         "flop_per_s": flop_per_s,
         "plain_tokens_per_s": batch_size / seconds,
     }
+
+
+def _bandwidth(num_bytes: int, dtype: torch.dtype, device: torch.device) -> float:
+    """Bytes per second, of reading; on a GPU of a copy, where that is faster."""
+    # Ones: memory that was never written to is not read either.
+    values = torch.ones(num_bytes // dtype.itemsize, dtype=dtype, device=device)
+    read = num_bytes / _fastest(lambda: values.sum(), device)
+    if device.type != "cuda":
+        return read
+    target = torch.empty_like(values)
+    return max(read, 2 * num_bytes / _fastest(lambda: target.copy_(values), device))
 
 
 def _fastest(call: Callable[[], Any], device: torch.device, rounds: int = 10) -> float:

@@ -36,6 +36,7 @@ from mara_fast.prompts import encode_prompts
 
 _ALIGNER = "aligner-7b"
 
+
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     """What is measured; see the options of ``mara-fast bench``."""
