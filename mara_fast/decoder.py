@@ -14,6 +14,7 @@ Shapes: B slots, W window, T rows of a chunk, K candidates, C columns of the can
 N tokens of the output buffer, R rows of the step, H hidden, V vocabulary.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -122,7 +123,15 @@ class Decoder:
         self.num_slots = num_slots
         self.graphs: StepGraphs | None = None
         if capture is not None:
-            self.graphs = StepGraphs(self.step, num_slots=num_slots, capture=capture)
+            # Weakly: in a circle with its graphs its memory would outlive it until it is collected.
+            step = weakref.WeakMethod(self.step)
+
+            def live_step(num_decoding: int) -> None:
+                bound = step()
+                assert bound is not None
+                bound(num_decoding)
+
+            self.graphs = StepGraphs(live_step, num_slots=num_slots, capture=capture)
         self.observer: Callable[[ScoredWindow], None] | None = None
         """Is shown every window that the agent scored."""
         self.is_plain_greedy = agent is None and config.acceptance == "greedy"

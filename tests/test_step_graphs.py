@@ -1,6 +1,8 @@
 """The step as graphs, which a tape plays on a CPU: the same tokens, whatever happens meanwhile."""
 
+import gc
 import logging
+import weakref
 from typing import Any
 
 import pytest
@@ -87,6 +89,22 @@ def test_an_agent_trained_between_runs_is_seen(taped: Any) -> None:
     engine.agent.output_linear.bias[0] += 1.5
     check_exact(engine, prompts, max_new_tokens=6, window=2)
     assert capture.num_captured == num_captured
+
+
+def test_a_decoder_that_is_given_up_leaves_no_memory(taped: Any) -> None:
+    """The next one's cache is planned with it, and nothing may have to be collected before."""
+    engine, capture = taped()
+    for _ in range(2):
+        engine.generate(prompts_for(engine), max_new_tokens=6, window=2)
+    assert capture.num_replayed
+    kept = weakref.ref(engine._idle.cache.layers[0])
+    gc.collect()
+    gc.disable()
+    try:
+        engine._idle = None
+        assert kept() is None
+    finally:
+        gc.enable()
 
 
 def test_sets_that_outgrow_the_buffer_are_captured_anew(taped: Any) -> None:

@@ -14,14 +14,15 @@ from typing import NamedTuple
 import torch
 
 PARTS: dict[str, str] = {
-    "attention": r"^(attend|combine)$",
-    "truncate": r"^(group_maxima|select)$",
-    "score": r"^(row_stats|first_layer|other_layers|finish)$",
-    "cascade": r"^decide$",
+    "attention": r"^(attend|combine)(_\w+)?$",
+    "truncate": r"^(group_maxima|select)(_\w+)?$",
+    "score": r"^(row_stats|first_layer|other_layers|finish)(_\w+)?$",
+    "cascade": r"^decide(_\w+)?$",
     "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|splitK|matmul",
     "copies and indexing": r"(?i)memcpy|memset|copy|index|gather|scatter",
 }
-"""Names of kernels by part of the step, the first that matches; ours by their whole names."""
+"""Names of kernels by part of the step, the first that matches; ours by their whole names,
+to which a version of Triton may add how they were specialised."""
 OTHERS = "norms, activations, others"
 
 

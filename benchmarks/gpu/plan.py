@@ -15,7 +15,8 @@ from benchmarks.gpu.stage import OUTPUT, Read, Stage, own
 SANITIZED = "strides or splits or small_trees or every_rule_equals_torch or different_size"
 """Small cases of every kernel."""
 
-_WORKERS, _CORES_PER_JOB = 4, 3
+_CORES_PER_WORKER, _CORES_PER_JOB = 2, 3
+"""The kernels' tests compile most of the time."""
 _COMPARED = "1,2,3,5,6,7"
 """Systems of ``mara-fast bench``: all but transformers' compiled one, which takes minutes."""
 
@@ -28,7 +29,8 @@ def stages_for(machine: Mapping[str, Any], *, workers: int | None = None) -> lis
         workers: processes of pytest; None: as fits.
     """
     if machine["device"] == "cuda":
-        return [*_gpu_checks(machine, workers or _WORKERS), *_gpu_measurements()]
+        workers = workers or max(1, machine["num_cores"] // _CORES_PER_WORKER)
+        return [*_gpu_checks(machine, workers), *_gpu_measurements()]
     return _rehearsal(machine, workers or max(1, machine["num_cores"]))
 
 
@@ -41,7 +43,7 @@ def _gpu_checks(machine: Mapping[str, Any], workers: int) -> list[Stage]:
     sanitizer = machine["sanitizer"]
     return [
         _compiled(machine, estimate_s=50, cap_s=150),
-        _pytest("kernels", machine, workers, ("tests/kernels", "-m", "gpu", "--slow"), 90, 200),
+        _pytest("kernels", machine, workers, ("tests/kernels", "-m", "gpu"), 90, 200),
         _own("exact", 30, 100),
         _own("captured", 30, 100),
         _own("divergence", 40, 120),
@@ -63,7 +65,7 @@ def _gpu_checks(machine: Mapping[str, Any], workers: int) -> list[Stage]:
             "engine",
             machine,
             workers,
-            ("tests", "--ignore=tests/kernels", "-m", "gpu", "--slow"),
+            ("tests", "--ignore=tests/kernels", "-m", "gpu"),
             100,
             200,
         ),
