@@ -74,7 +74,7 @@ def _gpu_checks(machine: Mapping[str, Any], workers: int) -> list[Stage]:
 
 def _gpu_measurements() -> list[Stage]:
     return [
-        _steps("llama-3.1-8b", 110, 180),
+        _steps("llama-3.1-8b", 120, 200),
         _decoding("llama-3.1-8b", "1,64", 110, 180),
         _kernel_speed("attention", 45, 100),
         _kernel_speed("truncate", 40, 90),

@@ -52,6 +52,27 @@ class WatchedEngine(Engine):
         return self.decoder
 
 
+class Engines(NamedTuple):
+    """With the agent, and without; each serves every batch size."""
+
+    aligned: WatchedEngine
+    plain: WatchedEngine
+
+    @classmethod
+    def of(cls, subject: Subject, max_batch_size: int) -> "Engines":
+        """Of one model."""
+        return cls(
+            *(
+                WatchedEngine(subject.model, agent, False, max_batch_size=max_batch_size)
+                for agent in (subject.agent, False)
+            )
+        )
+
+    def for_window(self, window: int | str) -> WatchedEngine:
+        """The one that decodes so."""
+        return self.plain if window == PLAIN else self.aligned
+
+
 class Turns(NamedTuple):
     """What some turns of a run took and gave."""
 
@@ -70,9 +91,13 @@ def run(options: Options) -> Finding:
         shape, device=options.device, dtype=dtype, num_prompts=max(batches), length=length
     )
     finding = Finding(details={"model": shape, "batches": []})
+    engines = Engines.of(subject, max(batches))
+    if engines.aligned.lm.attention != "candidate":
+        attention = engines.aligned.lm.attention
+        finding.problems.append(f"{shape} decodes by {attention} attention, not by ours")
     for batch_size in batches:
         try:
-            row = measure_batch(subject, finding, batch_size, num_turns)
+            row = measure_batch(subject, engines, finding, batch_size, num_turns)
         except torch.OutOfMemoryError as error:
             finding.notes.append(f"batch {batch_size} does not fit: {str(error).partition('.')[0]}")
             continue
@@ -82,7 +107,7 @@ def run(options: Options) -> Finding:
     # Last: a profiler may leave a trace in the graphs that are captured after it.
     if options.device.type == "cuda":
         for batch_size in (size for size in PROFILED if size in batches):
-            add_profile(subject, finding, batch_size, num_turns)
+            add_profile(subject, engines, finding, batch_size, num_turns)
             options.keep(finding)
     else:
         finding.notes.append("no idle share: it is a GPU's")
@@ -90,15 +115,14 @@ def run(options: Options) -> Finding:
 
 
 def measure_batch(
-    subject: Subject, finding: Finding, batch_size: int, num_turns: int
+    subject: Subject, engines: Engines, finding: Finding, batch_size: int, num_turns: int
 ) -> dict[str, Any]:
     """Plain decoding, the automatic window, and all fixed ones until they get slow."""
     systems: dict[str, Turns] = {}
     windows: tuple[int | str, ...] = (PLAIN, AUTO, *WINDOWS)
     for window in windows:
-        engine = engine_for(subject, window, batch_size, finding)
         name = str(window)
-        systems[name] = time_turns(engine, subject, window, batch_size, num_turns)
+        systems[name] = time_turns(engines, subject, window, batch_size, num_turns)
         best = max(turns.tokens_per_s for turns in systems.values())
         if isinstance(window, int) and systems[name].tokens_per_s < _TOO_SLOW * best:
             break
@@ -121,19 +145,6 @@ def measure_batch(
         "plain_of_roofline": of_limit,
         "systems": {name: turns._asdict() for name, turns in systems.items()},
     }
-
-
-def engine_for(
-    subject: Subject, window: int | str, batch_size: int, finding: Finding
-) -> WatchedEngine:
-    """An engine for one system; a problem if it does not run our attention."""
-    agent = False if window == PLAIN else subject.agent
-    engine = WatchedEngine(subject.model, agent, False, max_batch_size=batch_size)
-    if engine.lm.attention != "candidate":
-        problem = f"{subject.name} decodes by {engine.lm.attention} attention, not by ours"
-        if problem not in finding.problems:
-            finding.problems.append(problem)
-    return engine
 
 
 def begin(
@@ -161,10 +172,10 @@ def begin(
 
 
 def time_turns(
-    engine: WatchedEngine, subject: Subject, window: int | str, batch_size: int, num_turns: int
+    engines: Engines, subject: Subject, window: int | str, batch_size: int, num_turns: int
 ) -> Turns:
     """Tokens per second of some turns in which all slots decode."""
-    device = subject.model.device
+    device, engine = subject.model.device, engines.for_window(window)
     turns = begin(engine, subject, window, batch_size, num_turns)
     tokens = engine.decoder.state.num_tokens
     synchronise(device)
@@ -176,16 +187,19 @@ def time_turns(
     seconds = time.perf_counter() - marks[0]
     produced = int(tokens.sum()) - before
     turns.close()
+    # The next one's memory is planned without this one's.
+    del engine.decoder
     each = [after - start for start, after in itertools.pairwise(marks)]
     p20, _, _, p80 = statistics.quantiles(each, n=5, method="inclusive")
     middle = statistics.median(each)
     return Turns(produced / seconds, spread_of(p20, middle, p80), 1e3 * seconds / num_turns)
 
 
-def add_profile(subject: Subject, finding: Finding, batch_size: int, num_turns: int) -> None:
+def add_profile(
+    subject: Subject, engines: Engines, finding: Finding, batch_size: int, num_turns: int
+) -> None:
     """The idle share and the parts of turns with the automatic window."""
-    engine = engine_for(subject, AUTO, batch_size, finding)
-    turns = begin(engine, subject, AUTO, batch_size, num_turns)
+    turns = begin(engines.aligned, subject, AUTO, batch_size, num_turns)
 
     def some() -> None:
         for _ in range(num_turns):
@@ -193,6 +207,7 @@ def add_profile(subject: Subject, finding: Finding, batch_size: int, num_turns: 
 
     profile = profile_of(record(some))
     turns.close()
+    del engines.aligned.decoder
     where = f"{subject.name} B={batch_size}"
     finding.figures[f"{where} GPU idle"] = Figure(profile.idle_share, "share", 0.1)
     finding.details.setdefault("profiles", {})[batch_size] = profile._asdict()

@@ -353,7 +353,10 @@ def test_kernel_figures() -> None:
     ],
 )
 def test_committed_results_are_read(name: str, read: Any, figure: str | None) -> None:
-    values = json.loads((command.RESULTS / f"{name}.json").read_text())
+    path = command.RESULTS / f"{name}.json"
+    if not path.is_file():
+        pytest.skip("results are not part of a source distribution")
+    values = json.loads(path.read_text())
     finding = read(values, "")
     assert not finding.problems
     assert figure is None or finding.figures[figure].value > 0
