@@ -102,7 +102,8 @@ class Decoder:
         shapes: rows of a step, by the number of slots that decode, less one.
         eos_ids: what ends a sequence.
         host_reads: leave out rows that cannot matter, by reading tensors on the host.
-        capture: replays steps as graphs where nobody observes them; None: all run eagerly.
+        capture: replays steps as graphs, where nobody observes them and nothing is read on the
+            host; None: all run eagerly.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Decoder:
         self.cache, self.host_reads, self.rule = cache, host_reads, config.cascade_rule
         self.num_slots = num_slots
         self.graphs: StepGraphs | None = None
-        if capture is not None:
+        if capture is not None and not host_reads:
             # Weakly: in a circle with its graphs its memory would outlive it until it is collected.
             step = weakref.WeakMethod(self.step)
 
