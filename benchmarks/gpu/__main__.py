@@ -48,6 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the report")
     parser.add_argument("--last", type=Path, default=RESULTS, help="folder of the last report")
     parser.add_argument("--workers", type=int, help="processes of pytest")
+    parser.add_argument("--commit", help="default: what git says; for copies without .git")
     return parser.parse_args(arguments)
 
 
@@ -63,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if "problem" in machine:
             print(f"make gpu: {machine['problem']}")
             return 1
+        if options.commit is not None:
+            machine["facts"]["commit"] = options.commit
         stages = chosen(stages_for(machine, workers=options.workers), options.stages)
         if options.list:
             for stage in stages:

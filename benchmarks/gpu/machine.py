@@ -24,7 +24,7 @@ def describe() -> dict[str, Any]:
         "device": device.type,
         "name": torch.cuda.get_device_name(device) if has_cuda else "CPU",
         "architecture": dispatch.architecture(device),
-        "num_cores": len(os.sched_getaffinity(0)),
+        "num_cores": os.cpu_count() or 1,
         "has": {
             name: importlib.util.find_spec(name) is not None for name in ("xdist", "pytest_timeout")
         },

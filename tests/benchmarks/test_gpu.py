@@ -1,5 +1,6 @@
 """``make gpu``: its stages on a CPU, what becomes of those that break, reports and comparisons."""
 
+import copy
 import json
 import math
 import os
@@ -447,15 +448,16 @@ def test_the_command(
         stage("good", WRITES + "print('hello')\nwrite(notes=['fine'])"),
         stage("bad", "raise SystemExit(3)"),
     ]
-    monkeypatch.setattr(command, "look", lambda environment: CPU_MACHINE)
+    monkeypatch.setattr(command, "look", lambda environment: copy.deepcopy(CPU_MACHINE))
     monkeypatch.setattr(command, "stages_for", lambda machine, workers: stages)
     options = ["--output", str(tmp_path / "new"), "--last", str(tmp_path)]
     assert command.main([*options, "--stages", "good"]) == 0
-    assert command.main(options) == 1
+    assert command.main([*options, "--commit", "1234567"]) == 1
     printed = capsys.readouterr().out
     assert "rehearsed on the CPU" in printed and "exit status 3" in printed
     document = json.loads((tmp_path / "new/gpu_rehearsal.json").read_text())
     assert [one["status"] for one in document["stages"]] == ["passed", "failed"]
+    assert document["commit"] == "1234567"
     assert "==== good\nhello" in (tmp_path / "new/gpu_rehearsal.log").read_text()
     with pytest.raises(SystemExit, match="no stage other; there are good, bad"):
         command.main([*options, "--stages", "other"])
