@@ -17,8 +17,8 @@ RESULTS ?= benchmarks/results
 TINY ?= tiny-world
 PAPER ?= paper-world
 FOLD ?= 0
-# What runs under the memory checker.
-SANITIZED := strides or splits or small_trees or every_rule_equals_torch or different_size
+# Seconds that `make gpu` may take.
+BUDGET ?= 480
 
 SOURCES := pyproject.toml setup.py requirements/cpu.txt
 PYTEST = $(RUN) -m pytest -q --durations=5
@@ -38,8 +38,7 @@ DEV := $(VENV)/.installed-dev
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit slow gpu interpreted compiled gpu-tests gpu-memory \
-        gpu-bench reproduce-tiny tables paper step-shapes folds bench micro format clean
+.PHONY: help demo test lint types unit slow gpu interpreted compiled reproduce-tiny tables paper step-shapes folds bench micro format clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,46 +64,16 @@ unit: $(DEV)
 slow: $(DEV) ## the tests marked slow
 	@$(PYTEST) -m slow || test $$? -eq 5  # pytest's 5: there is no such test
 
-gpu: ## every test and benchmark of the kernels on a GPU; without one, their other two proofs
-	@if nvidia-smi -L >/dev/null 2>&1 || rocminfo >/dev/null 2>&1; then \
-	  $(MAKE) --no-print-directory gpu-tests gpu-memory gpu-bench; \
-	else \
-	  echo "make gpu: no GPU on this machine; the kernels are interpreted, and compiled ahead of time"; \
-	  $(MAKE) --no-print-directory interpreted compiled; \
-	fi
+# Exits with 1 if a stage failed; what there was no time for is said. Other stages, or fewer of them:
+# python -m benchmarks.gpu --list
+gpu: $(DEV) ## check and time everything on a GPU in eight minutes; without one, rehearse it
+	@$(PATHS) $(RUN) -m benchmarks.gpu --budget $(BUDGET) --output $(RESULTS)
 
-interpreted: $(DEV)
+interpreted: $(DEV) ## the kernels' tests in Triton's interpreter
 	@$(PYTEST) --benchmark-disable -n $(WORKERS) tests/kernels tests/test_triton_engine.py
 
-compiled: $(DEV)
+compiled: $(DEV) ## every kernel compiled ahead of time for every architecture
 	@$(PATHS) $(RUN) -m mara_kernels.aot
-
-gpu-tests: $(DEV)
-	@$(RUN) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
-	  echo "make gpu: this machine has a GPU but its torch cannot use it:"; \
-	  echo "  $$($(RUN) -c 'import torch; print("torch", torch.__version__, "for CUDA", torch.version.cuda)')"; \
-	  exit 1; }
-	@$(PYTEST) --benchmark-disable -n $(WORKERS) -m gpu --slow
-
-# Small cases of every kernel, in memory that is not cached: a byte beyond a tensor is noticed.
-gpu-memory: $(DEV)
-	@if command -v compute-sanitizer >/dev/null; then \
-	  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
-	    $(PYTEST) tests/kernels -k "$(SANITIZED)"; \
-	else \
-	  echo "make gpu: no compute-sanitizer here, memory accesses are not checked"; \
-	fi
-
-gpu-bench: $(USE)
-	@$(PATHS) $(RUN) benchmarks/kernel_speed.py --output $(RESULTS)/kernel_speed_gpu.json
-	@if $(RUN) -c 'import pytest_benchmark' 2>/dev/null; then \
-	  $(RUN) -m pytest -q benchmarks/test_micro.py --benchmark-only \
-	    --benchmark-json=$(RESULTS)/micro_gpu.json; \
-	else \
-	  echo "make gpu: no pytest-benchmark here, the operations are not timed by themselves"; \
-	fi
-	@$(PATHS) $(RUN) -m mara_fast.bench.cli --model llama-3.1-8b --batch-sizes 1,16,32,64 --targets \
-	  --output-json $(RESULTS)/bench_gpu.json
 
 reproduce-tiny: $(DEV) ## retrain the tiny world (LM, reward and cost model, agent) and judge it
 	@$(PATHS) $(RUN) -m mara_train.tiny --make-world --fold $(FOLD) --world $(TINY) \

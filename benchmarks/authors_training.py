@@ -75,7 +75,7 @@ def explore(
         prob = torch.tensor(accept_probs)
         reached = torch.cat((torch.ones(1), (1 - prob).cumprod(0)[:-1]))
         log_policy = torch.log_softmax(prob * reached, dim=0)
-        penalty = log_policy - scores[0, candidates] / temperature
+        penalty = log_policy - scores[0, candidates].cpu() / temperature
         states += hidden[: chosen + 1]
         actions += [0] * chosen + [1]
         rewards += (-kl_weight * penalty[: chosen + 1]).tolist()
@@ -120,14 +120,17 @@ class Learner:
     """Discrete SAC over a buffer of Python lists.
 
     Args:
-        agent: trained in place.
-        critic, target: with the same weights.
+        agent: trained in place, where it is.
+        critic, target: with the same weights, on its device.
         config: options.
     """
 
     def __init__(self, agent: MaraAgent, critic: Critic, target: Critic, config: SacConfig) -> None:
         self.agent, self.critic, self.target, self.config = agent, critic, target, config
-        self.log_alpha = torch.tensor(np.log(config.initial_alpha), dtype=torch.float32)
+        self.device = agent.ln.weight.device
+        self.log_alpha = torch.tensor(
+            np.log(config.initial_alpha), dtype=torch.float32, device=self.device
+        )
         self.log_alpha.requires_grad_()
         self.actor_optimizer = torch.optim.Adam(agent.parameters(), config.actor_learning_rate)
         self.critic_optimizer = torch.optim.Adam(critic.parameters(), config.critic_learning_rate)
@@ -138,13 +141,14 @@ class Learner:
         """A batch as tensors: states, actions, rewards, next states, done."""
         columns = zip(*random.sample(self.buffer, batch_size), strict=True)
         states, actions, rewards, next_states, done = (np.array(column) for column in columns)
-        return (
+        batch = (
             torch.tensor(states, dtype=torch.float32),
             torch.tensor(actions, dtype=torch.int64)[:, None],
             torch.tensor(rewards, dtype=torch.float32)[:, None],
             torch.tensor(next_states, dtype=torch.float32),
             torch.tensor(done, dtype=torch.float32)[:, None],
         )
+        return tuple(tensor.to(self.device) for tensor in batch)
 
     def update(self, batch_size: int, *, times: int) -> None:
         """So many gradient steps, each on a batch of its own, then one of the target."""

@@ -1,10 +1,11 @@
 """Training speed on this machine: episodes and gradient steps, against the authors' scheme.
 
     python benchmarks/training_speed.py --output benchmarks/results/training_speed_cpu.json
+    python benchmarks/training_speed.py --device cuda --model llama-3.1-8b --new-tokens 16
 
 Fairness: one random language model, one agent, the same prompts of one length, the same number of
-tokens, EOS ignored, the same threads. The authors' recipe on both sides (their rewards of
-transitions, batches of 1024, ten gradient steps per episode), only that ours has all prompts in
+tokens, EOS ignored, the same device and threads. The authors' recipe on both sides (their rewards
+of transitions, batches of 1024, ten gradient steps per episode), only that ours has all prompts in
 flight between two rounds of gradient steps; beside it our own recipe, which takes fewer and smaller
 steps, so that its updates are not compared with theirs. States are kept in float32 everywhere.
 Reward models are left out everywhere: an episode's final reward is a constant. All systems are
@@ -37,8 +38,9 @@ from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from mara_fast import Engine, MaraAgent
-from mara_fast.bench.facts import cpu_facts
-from mara_fast.bench.model import VOCAB_SIZE, calibrate, random_llama
+from mara_fast.bench.facts import facts_of
+from mara_fast.bench.measure import synchronise
+from mara_fast.bench.model import SHAPES, calibrate, random_llama
 from mara_train.config import MaraConfig
 from mara_train.replay import Replay, ReplayConfig
 from mara_train.rollout import Rollout
@@ -86,8 +88,10 @@ def our_system(setting: Setting, config: MaraConfig) -> System:
     rollout = Rollout(engine, decoding, config.token_rewards, dtype=torch.float32)
     num, hidden_size = setting.states.shape
 
+    device = setting.model.device
+
     def replay_of(capacity: int) -> Replay:
-        return Replay(ReplayConfig(dtype="fp32", capacity=capacity), hidden_size)
+        return Replay(ReplayConfig(dtype="fp32", capacity=capacity), hidden_size, device=device)
 
     def collect() -> int:
         kept = replay_of(len(setting.prompts) * setting.num_tokens * config.decoding.top_k)
@@ -102,7 +106,7 @@ def our_system(setting: Setting, config: MaraConfig) -> System:
     filled = replay_of(num)
     for part in setting.states.split(_EPISODE_LENGTH):
         filled.add(part, torch.rand(len(part)) < 0.5, torch.randn(len(part)))
-    sac = Sac(MaraAgent(hidden_size, config.inner_size), config.sac)
+    sac = Sac(MaraAgent(hidden_size, config.inner_size), config.sac, device=device)
     generator = torch.Generator().manual_seed(0)
 
     def update(times: int) -> None:
@@ -123,9 +127,11 @@ def authors_system(setting: Setting, *, num_episodes: int) -> System:
     """Episodes one by one, a buffer of Python lists, and a learner on batches of it."""
     recipe = MaraConfig.official()
     hidden_size = setting.states.shape[1]
-    critic, target = (Critic(hidden_size, recipe.inner_size) for _ in range(2))
+    device = setting.model.device
+    critic, target = (Critic(hidden_size, recipe.inner_size).to(device) for _ in range(2))
     target.load_state_dict(critic.state_dict())
-    learner = Learner(MaraAgent(hidden_size, recipe.inner_size), critic, target, SacConfig())
+    agent = MaraAgent(hidden_size, recipe.inner_size).to(device)
+    learner = Learner(agent, critic, target, SacConfig())
     rows = setting.states.tolist()
     learner.buffer = [
         Transition(
@@ -163,7 +169,7 @@ def authors_system(setting: Setting, *, num_episodes: int) -> System:
 
 
 def measure(
-    systems: dict[str, System], *, rounds: int, num_updates: int
+    systems: dict[str, System], *, rounds: int, num_updates: int, device: torch.device
 ) -> dict[str, dict[str, list[float]]]:
     """Seconds by system and part, one figure for each round."""
     seconds = {
@@ -172,19 +178,25 @@ def measure(
     for system in systems.values():
         system.collect()
         system.draw()
-        system.update(1)
+        # More than a learner takes eagerly before it captures its step.
+        system.update(5)
     work = range(rounds * len(systems))
     for number in track(work, description="rounds", console=Console(stderr=True)):
         name = list(systems)[number % len(systems)]
         system = systems[name]
-        started = time.perf_counter()
+
+        def now() -> float:
+            synchronise(device)
+            return time.perf_counter()
+
+        started = now()
         system.collect()
-        collected = time.perf_counter()
+        collected = now()
         for _ in range(num_updates):
             system.draw()
-        drawn = time.perf_counter()
+        drawn = now()
         system.update(num_updates)
-        updated = time.perf_counter()
+        updated = now()
         for part, took in (
             ("collect", (collected - started) / system.num_episodes),
             ("draw", (drawn - collected) / num_updates),
@@ -235,6 +247,9 @@ def report_of(
 
 def main(
     output: Annotated[Path | None, typer.Option(help="JSON file for the figures.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Shape of the language model, before the next two.")
+    ] = None,
     hidden_size: Annotated[int, typer.Option(min=64, help="H, a multiple of 64.")] = 512,
     num_layers: Annotated[int, typer.Option(min=1)] = 4,
     num_prompts: Annotated[
@@ -247,8 +262,11 @@ def main(
     updates: Annotated[int, typer.Option(min=1, help="Per round.")] = 10,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     threads: Annotated[int, typer.Option(min=1)] = os.cpu_count() or 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure and print; ratios are of one run."""
+    if model is not None and model not in SHAPES:
+        raise typer.BadParameter(f"model={model!r} is no shape; allowed: {', '.join(SHAPES)}")
     if hidden_size % 64:
         raise typer.BadParameter(f"hidden-size={hidden_size} is not a multiple of 64")
     logging.set_verbosity_error()
@@ -256,22 +274,29 @@ def main(
     # Their scheme draws from it.
     random.seed(0)
     console = Console()
-    model = random_llama(hidden_size=hidden_size, num_layers=num_layers)
+    place = torch.device(device)
+    dtype = torch.float32 if place.type == "cpu" else torch.bfloat16
+    sizes = {"hidden_size": hidden_size, "num_hidden_layers": num_layers}
+    if model is not None:
+        sizes = SHAPES[model]
+    lm = random_llama(dtype=dtype, device=place, **sizes)
+    vocab_size = lm.config.vocab_size
     generator = torch.Generator().manual_seed(1)
     size = (num_prompts, prompt_length)
-    prompts = torch.randint(VOCAB_SIZE, size, generator=generator).tolist()
+    prompts = torch.randint(vocab_size, size, generator=generator).tolist()
     setting = Setting(
-        model=model,
-        agent=calibrate(model, prompts[:8], forced=0.33),
+        model=lm,
+        agent=calibrate(lm, prompts[:8], forced=0.33).to(place),
         prompts=prompts,
         num_tokens=new_tokens,
-        states=torch.randn(transitions, hidden_size, generator=generator),
+        states=torch.randn(transitions, lm.config.hidden_size, generator=generator),
     )
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_parameters = sum(parameter.numel() for parameter in lm.parameters())
     report: dict[str, Any] = {
-        **cpu_facts(threads, "transformers"),
-        "model": f"random Llama, {num_parameters / 1e6:.1f}M parameters, {num_layers} layers, "
-        f"hidden {hidden_size}, vocabulary {VOCAB_SIZE}",
+        **facts_of(place, dtype, "transformers"),
+        "model": f"random Llama, {num_parameters / 1e6:.1f}M parameters, "
+        f"{lm.config.num_hidden_layers} layers, hidden {lm.config.hidden_size}, vocabulary "
+        f"{vocab_size}",
         "prompt_length": prompt_length,
         "new_tokens": new_tokens,
         "in_flight": num_prompts,
@@ -282,7 +307,8 @@ def main(
         OURS_OFFICIAL: our_system(setting, MaraConfig.official(episodes_per_step=num_prompts)),
         OURS: our_system(setting, MaraConfig()),
     }
-    report |= report_of(systems, measure(systems, rounds=rounds, num_updates=updates))
+    seconds = measure(systems, rounds=rounds, num_updates=updates, device=place)
+    report |= report_of(systems, seconds)
     _print(console, report)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ Shapes: B slots, W window, T rows of a chunk, K candidates, C columns of the can
 N tokens of the output buffer, R rows of the step, H hidden, V vocabulary.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -101,7 +102,8 @@ class Decoder:
         shapes: rows of a step, by the number of slots that decode, less one.
         eos_ids: what ends a sequence.
         host_reads: leave out rows that cannot matter, by reading tensors on the host.
-        capture: replays steps as graphs where nobody observes them; None: all run eagerly.
+        capture: replays steps as graphs, where nobody observes them and nothing is read on the
+            host; None: all run eagerly.
     """
 
     def __init__(
@@ -121,8 +123,16 @@ class Decoder:
         self.cache, self.host_reads, self.rule = cache, host_reads, config.cascade_rule
         self.num_slots = num_slots
         self.graphs: StepGraphs | None = None
-        if capture is not None:
-            self.graphs = StepGraphs(self.step, num_slots=num_slots, capture=capture)
+        if capture is not None and not host_reads:
+            # Weakly: in a circle with its graphs its memory would outlive it until it is collected.
+            step = weakref.WeakMethod(self.step)
+
+            def live_step(num_decoding: int) -> None:
+                bound = step()
+                assert bound is not None
+                bound(num_decoding)
+
+            self.graphs = StepGraphs(live_step, num_slots=num_slots, capture=capture)
         self.observer: Callable[[ScoredWindow], None] | None = None
         """Is shown every window that the agent scored."""
         self.is_plain_greedy = agent is None and config.acceptance == "greedy"

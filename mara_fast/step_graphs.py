@@ -5,12 +5,14 @@
     second                   is captured, then replayed
     later ones               are replayed
 
-All graphs share one memory pool: only one runs at a time. A step that cannot be captured (a model
-that reads tensors on the host, say) is run eagerly from then on, and a warning says why.
+All graphs share one memory pool, as only one runs at a time. A step that cannot be captured (a
+model that reads tensors on the host, say) is run eagerly from then on, and a warning says why.
 """
 
 import logging
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,17 +24,23 @@ _logger = logging.getLogger(__name__)
 
 
 class CudaCapture:
-    """Captures CUDA graphs into one pool."""
+    """Captures CUDA graphs; those that live at the same time share a pool."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
+        self._alive: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def __call__(self, call: Callable[[], None]) -> Replay:
         """The call as a graph."""
         graph = torch.cuda.CUDAGraph()
+        if not self._alive:
+            # torch refuses a pool all of whose graphs are gone while anything in it is not: the
+            # workspace of cuBLAS is not.
+            self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.device(self._device), torch.cuda.graph(graph, pool=self._pool):
             call()
+        self._alive.add(graph)
         return graph.replay
 
 

@@ -280,7 +280,7 @@ def truncate(
 def plain_forward(
     model: Any, prefix: tuple[int, ...], memo: Memo | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last logits [V], float32, and last state [H] of one plain forward over the whole prefix."""
+    """Last logits [V], float32 on the CPU, and last state [H] of one forward over the prefix."""
     if memo is not None and prefix in memo:
         return memo[prefix]
     input_ids = torch.tensor([prefix], device=getattr(model, "device", "cpu"))
@@ -289,7 +289,8 @@ def plain_forward(
     if states.ndim != 3:
         # Gemma3n carries several streams between layers and merges them after the last.
         states = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-    result = output.logits[0, -1].float().cpu(), states[0, -1].cpu()
+    # The state stays where the agent is, which is asked about it.
+    result = output.logits[0, -1].float().cpu(), states[0, -1]
     if memo is not None:
         memo[prefix] = result
     return result
@@ -367,7 +368,7 @@ def combined(
 
     def accept_logits(states: torch.Tensor) -> torch.Tensor:
         d = torch.stack([agent(states).double() for agent, _ in weighted])
-        w = torch.tensor([[weight] for _, weight in weighted], dtype=torch.float64)
+        w = torch.tensor([[weight] for _, weight in weighted], dtype=d.dtype, device=d.device)
         if combination == "min":
             return d.min(0).values.float()
         if combination == "logit":

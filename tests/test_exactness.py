@@ -82,7 +82,7 @@ def test_any_configuration_at_length(data: st.DataObject) -> None:
 
 
 @pytest.mark.gpu
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_configuration_on_a_gpu(data: st.DataObject) -> None:
     check_any_configuration(data, "cuda")

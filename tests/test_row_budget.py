@@ -120,7 +120,7 @@ def test_any_budget(data: st.DataObject) -> None:
 
 
 @pytest.mark.gpu
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_any_budget_on_a_gpu(data: st.DataObject) -> None:
     check_any_budget(data, "cuda")

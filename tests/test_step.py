@@ -1,5 +1,6 @@
 """Properties of the step itself: nothing read on the host, NaN contained, mutations noticed."""
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -13,9 +14,12 @@ import mara_kernels.attention.rows
 from architectures import ARCHITECTURES, random_prompt
 from exactness import FixedBudget, check_exact, random_agent
 from host_reads import ForbidHostReads
-from mara_fast import Engine
+from mara_fast import DecodingConfig, Engine
 from mara_fast.cache import SlotCache
 from mara_fast.decoder import Decoder
+from mara_fast.language_model import FrozenLM
+from mara_fast.row_budget import StepShape
+from mara_fast.self_check import Checked
 from mara_kernels.attention import Tree
 
 PROMPT_LENGTHS = (12, 3, 7)
@@ -260,3 +264,45 @@ def test_the_model_is_left_as_it_was() -> None:
     assert model.config._attn_implementation == implementation
     assert torch.equal(model(ids).logits, logits)
     assert all(torch.equal(weights[name], t) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "shape", [StepShape(window=3, num_rows=12), StepShape(window=4, num_rows=7)]
+)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"acceptance": "sample", "strategy": "random", "fallback": "max_prob", "trace": True},
+        {"order": "reverse", "min_new_tokens": 3},
+    ],
+)
+@pytest.mark.parametrize("has_agent", [True, False])
+def test_all_tensors_are_where_the_model_is(
+    has_agent: bool, options: dict[str, Any], shape: StepShape, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device, which has no values: one of the CPU cannot be mixed with it."""
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.where(torch.ones(2, dtype=torch.bool), torch.ones(2, device="meta"), torch.ones(2))
+    monkeypatch.setattr("mara_fast.language_model.check_path", lambda lm: Checked(1, True))
+    lm = FrozenLM(copy.deepcopy(ARCHITECTURES["llama"]()).to("meta"))
+    agent = random_agent(48).to("meta") if has_agent else None
+    decoder = Decoder(
+        lm,
+        agent,
+        DecodingConfig(max_new_tokens=9, **options),
+        cache=SlotCache(num_slots=4, max_length=32, scratch=8),
+        num_slots=4,
+        shapes=(shape,) * 4,
+        eos_ids=(2,),
+        host_reads=False,
+    )
+    ids = torch.full((4, 8), 5, device="meta")
+    whole = ids[:, 0]
+    with torch.inference_mode():
+        decoder.prefill(slice(0, 4), ids, whole, whole > 0)
+        decoder.step(4)
+        decoder.move(3, 0, length=5)
+        decoder.swap(1, 2, length=5)
+        decoder.step(4)
+    assert all(tensor.is_meta for tensor in decoder.state.tensors().values())

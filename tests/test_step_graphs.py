@@ -1,6 +1,11 @@
 """The step as graphs, which a tape plays on a CPU: the same tokens, whatever happens meanwhile."""
 
+import contextlib
+import gc
+import itertools
 import logging
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +15,7 @@ from architectures import ARCHITECTURES, random_prompt
 from exactness import check_exact, random_agent
 from mara_fast import Engine
 from mara_fast.decoder import ScoredWindow
-from mara_fast.step_graphs import StepGraphs
+from mara_fast.step_graphs import CudaCapture, StepGraphs
 from tape import Tape, TapeCapture
 
 OPTIONS: list[dict[str, Any]] = [
@@ -89,6 +94,22 @@ def test_an_agent_trained_between_runs_is_seen(taped: Any) -> None:
     assert capture.num_captured == num_captured
 
 
+def test_a_decoder_that_is_given_up_leaves_no_memory(taped: Any) -> None:
+    """The next one's cache is planned with it, and nothing may have to be collected before."""
+    engine, capture = taped()
+    for _ in range(2):
+        engine.generate(prompts_for(engine), max_new_tokens=6, window=2)
+    assert capture.num_replayed
+    kept = weakref.ref(engine._idle.cache.layers[0])
+    gc.collect()
+    gc.disable()
+    try:
+        engine._idle = None
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
 def test_sets_that_outgrow_the_buffer_are_captured_anew(taped: Any) -> None:
     engine, capture = taped()
     weight = engine.lm.model.lm_head.weight
@@ -141,6 +162,31 @@ def test_buckets() -> None:
     graphs.forget()
     graphs.step(3)
     assert steps[-1] == 4 and capture.num_captured == 2
+
+
+def test_a_pool_is_not_used_again_when_its_graphs_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses that; graphs that live at the same time share one."""
+    pools: list[int] = []
+
+    class Graph:
+        def replay(self) -> None: ...
+
+    @contextlib.contextmanager
+    def capturing(graph: Graph, pool: int) -> Iterator[None]:
+        pools.append(pool)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capturing)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", itertools.count().__next__)
+    capture = CudaCapture(torch.device("cuda"))
+    capture(lambda: None)
+    kept = [capture(lambda: None) for _ in range(2)]
+    assert pools == [0, 1, 1]
+    kept.clear()
+    capture(lambda: None)
+    assert pools[-1] == 2
 
 
 @pytest.mark.parametrize("value", ["yes", 2, None])

@@ -75,8 +75,11 @@ def bench(
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of a random prompt.")] = 64,
     output_len: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 48,
     num_prompts: Annotated[
-        int | None, typer.Option(min=1, help="For each batch size; without it four per slot.")
+        int | None, typer.Option(min=1, help="For each batch size; without it some per slot.")
     ] = None,
+    prompts_per_slot: Annotated[
+        int, typer.Option(min=1, help="So many; answers end at different steps.")
+    ] = 4,
     num_serial_prompts: Annotated[
         int, typer.Option(min=1, help="Of them for the authors' cascade, which takes its time.")
     ] = 2,
@@ -124,6 +127,7 @@ def bench(
             input_len=input_len,
             output_len=output_len,
             num_prompts=num_prompts,
+            prompts_per_slot=prompts_per_slot,
             num_serial_prompts=num_serial_prompts,
             num_iters=num_iters,
             dtype=dtype,

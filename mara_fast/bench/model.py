@@ -126,7 +126,7 @@ def calibrate(
         agent = MaraAgent(model.config.hidden_size).requires_grad_(False)
     agent.output_linear.weight.mul_(30)
     agent.output_linear.bias[1] += 20
-    engine = Engine(model, agent, False, max_batch_size=len(prompts), cuda_graph=False)
+    engine = Engine(model, agent, False, max_batch_size=len(prompts))
 
     def decode(**options: Any) -> list[Generation]:
         return engine.generate(prompts, max_new_tokens=32, ignore_eos=True, window=1, **options)

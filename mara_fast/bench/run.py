@@ -35,8 +35,6 @@ from mara_fast.outputs import DecodingStats
 from mara_fast.prompts import encode_prompts
 
 _ALIGNER = "aligner-7b"
-_PROMPTS_PER_SLOT = 4
-"""Answers end at different steps: with a prompt per slot most slots would soon be empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +49,8 @@ class BenchConfig:
     input_len: int = 64
     output_len: int = 48
     num_prompts: int | None = None
+    prompts_per_slot: int = 4
+    """Answers end at different steps: with a prompt per slot most slots would soon be empty."""
     num_serial_prompts: int = 2
     num_iters: int = 5
     dtype: str = "auto"
@@ -70,7 +70,7 @@ class BenchConfig:
 
     def count(self, batch_size: int) -> int:
         """Prompts for a batch size."""
-        return self.num_prompts or _PROMPTS_PER_SLOT * batch_size
+        return self.num_prompts or self.prompts_per_slot * batch_size
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -162,18 +162,25 @@ def run(
         batch = _measure(subject, prompts, size, config)
         found["batches"].append(batch)
         report.print_batch(console, batch, paper or {})
+        # Whatever becomes of the next one.
+        _write(found, output)
     if show_targets:
         found["targets"] = targets.judge(found["batches"], device=device.type)
         report.print_targets(console, found["targets"])
     for note in notes:
         console.print(note, highlight=False, style="dim")
+    _write(found, output)
     if output is not None:
-        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         try:
             report.plot(found, output.with_suffix(".png"))
         except ImportError:
             console.print("no plot: it needs matplotlib (mara-fast[train])")
     return found
+
+
+def _write(found: dict[str, Any], output: Path | None) -> None:
+    if output is not None:
+        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def _measure(
@@ -190,10 +197,13 @@ def _measure(
         rates, tokens = in_turn(
             systems, rounds=config.num_iters, device=device, progress=lambda: bar.update(1)
         )
-    options = subject.engine_options | {"cuda_graph": False, "compile": False}
+    options = subject.engine_options | {"compile": False}
     engine = Engine(subject.model, subject.agent, False, max_batch_size=size, **options)
     decoding = DecodingConfig(max_new_tokens=subject.num_tokens, ignore_eos=True)
     stats = sum((one.stats for one in engine.generate(prompts, decoding)), DecodingStats())
+    # Parts of a graph cannot be told apart.
+    options["cuda_graph"] = False
+    eager = Engine(subject.model, subject.agent, False, max_batch_size=size, **options)
     context = statistics.mean(map(len, prompts)) + config.output_len / 2
     return report.batch_report(
         size,
@@ -201,7 +211,7 @@ def _measure(
         tokens=tokens,
         stats=stats,
         limits=roofline(subject.model, context=context, batch_size=size),
-        parts=time_by_part(lambda: engine.generate(prompts, decoding), device),
+        parts=time_by_part(lambda: eager.generate(prompts, decoding), device),
     )
 
 

@@ -146,7 +146,7 @@ def test_report(speed: ModuleType) -> None:
     assert list(ratios[speed.OURS_OFFICIAL].values()) == pytest.approx([30, 6 / 1.1, 100, 3])
     # Other batches: their times are not compared.
     assert list(ratios[speed.OURS].values()) == pytest.approx([30, 30])
-    measured = speed.measure(systems, rounds=2, num_updates=3)
+    measured = speed.measure(systems, rounds=2, num_updates=3, device=torch.device("cpu"))
     assert {len(values) for parts in measured.values() for values in parts.values()} == {2}
 
 
@@ -164,7 +164,9 @@ def test_systems_run_and_learn(speed: ModuleType) -> None:
         speed.OURS_OFFICIAL: speed.our_system(setting, MaraConfig.official(episodes_per_step=2)),
         speed.OURS: speed.our_system(setting, MaraConfig()),
     }
-    found = speed.report_of(systems, speed.measure(systems, rounds=1, num_updates=1))
+    found = speed.report_of(
+        systems, speed.measure(systems, rounds=1, num_updates=1, device=torch.device("cpu"))
+    )
     for name, one in found["systems"].items():
         assert systems[name].num_episodes == 2
         assert one["transitions_per_episode"] > 6 and one["update_ms"] > one["draw_ms"] > 0
