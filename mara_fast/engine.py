@@ -20,10 +20,11 @@ from mara_fast.outputs import DecodingStats, Generation, TokenEvent
 from mara_fast.prompts import PromptError, encode_prompts
 from mara_fast.row_budget import StepShape
 from mara_fast.run import Request, Run
+from mara_fast.step_costs import MeasuredCosts
 from mara_fast.step_graphs import Capture, CudaCapture
 from mara_fast.streaming import stream_events, stream_to
 from mara_fast.tensor_parallel import least_of_all
-from mara_fast.window import MeasuredCosts, StepCosts
+from mara_fast.window import StepCosts
 from mara_kernels import dispatch
 
 if TYPE_CHECKING:
@@ -284,7 +285,7 @@ class Engine:
             return StepShape.uniform(num_slots, min(config.window, self.lm.vocab_size))
         host_reads = self._host_reads()
         if self._costs is None:
-            self._costs = MeasuredCosts(self.lm, self._capture, with_head=not host_reads)
+            self._costs = MeasuredCosts(self.lm, self._capture)
         return self._costs.best_shape(
             num_slots,
             examines_all=config.strategy != "first",

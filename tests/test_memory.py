@@ -10,6 +10,7 @@ import mara_fast.engine
 from architectures import ARCHITECTURES, random_prompt
 from exactness import check_exact, random_agent
 from mara_fast import Engine
+from mara_fast.cache import RowKind, SlotCache
 from mara_fast.decoder import Decoder
 from mara_fast.memory import free_memory, plan_pools, slot_bytes
 from mara_fast.prompts import PromptError
@@ -32,6 +33,40 @@ def with_room_for(slots: float, length: int, engine: Engine, monkeypatch: Any) -
 def test_rows_are_measured(engine: Engine) -> None:
     # 2 layers, keys and values, 2 heads of 12, float32
     assert engine.lm.row_bytes == 2 * 2 * 2 * 12 * 4
+
+
+def test_rows_of_a_kind_lie_together() -> None:
+    """They are committed in one go; what the cache was not told of lies by itself."""
+    cpu, sizes = torch.device("cpu"), [(2, 4), (2, 4), (2, 4), (1, 3)]
+    kinds = [RowKind(*size, cpu, torch.float32) for size in sizes]
+
+    def filled(*kinds: RowKind) -> SlotCache:
+        cache = SlotCache(num_slots=3, max_length=5, scratch=2, kinds=kinds)
+        cache.select(slice(0, 3), base=5)
+        states = [
+            torch.full((3, heads, 2, size), float(i)) for i, (heads, size) in enumerate(sizes)
+        ]
+        cache.update(states[0], states[1], 0)
+        cache.update(states[2], states[3], 1)
+        return cache
+
+    told, untold = filled(*kinds), filled()
+    assert told.kinds == untold.kinds == tuple(kinds)
+    assert told.num_bytes == untold.num_bytes == 3 * 8 * (3 * 2 * 4 + 3) * 4
+    storages = [{b.untyped_storage().data_ptr() for b in buffers(c)} for c in (told, untold)]
+    assert list(map(len, storages)) == [2, 4]
+    for cache in (told, untold):
+        # Slot 0 nothing, 1 and 2 their second new row; then 2 takes 0's place.
+        cache.commit(torch.tensor([[5], [6], [6]]), torch.tensor([[7], [2], [0]]))
+        cache.move(2, 0, length=3)
+        cache.clear(1)
+        for index, buffer in enumerate(buffers(cache)):
+            assert (buffer[0, :, 0] == index).all() and not buffer[1].any()
+            assert not buffer[0, :, 1:3].any() and (buffer[2, :, 5:7] == index).all()
+
+
+def buffers(cache: SlotCache) -> list[torch.Tensor]:
+    return [buffer for layer in cache.layers for buffer in (layer.keys, layer.values)]
 
 
 @pytest.mark.parametrize("slots", [1.0, 2.5, 100.0])

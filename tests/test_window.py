@@ -11,18 +11,13 @@ import torch
 
 import mara_fast.decoder
 import mara_fast.language_model
-import mara_fast.window
+import mara_fast.step_costs
 from architectures import ARCHITECTURES, random_prompt
 from exactness import check_exact, random_agent
 from mara_fast import Engine
 from mara_fast.row_budget import StepShape
-from mara_fast.window import (
-    WINDOWS,
-    MeasuredCosts,
-    StepCosts,
-    steady_window,
-    use_of,
-)
+from mara_fast.step_costs import MeasuredCosts
+from mara_fast.window import WINDOWS, StepCosts, steady_window, use_of
 from tape import TapeCapture
 
 
@@ -108,13 +103,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("capture", [None, TapeCapture()])
 def test_measured_once_and_kept(capture: Any, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lm = Engine(ARCHITECTURES["llama"](), False).lm
-    costs = MeasuredCosts(lm, capture, with_head=capture is not None)
+    costs = MeasuredCosts(lm, capture)
     best = costs.best_shape(2, examines_all=False, can_pack=True)
     [(key, seconds)] = json.loads(cache.read_text()).items()
     assert "LlamaForCausalLM" in key and ("captured" in key) is (capture is not None)
     assert "2 1 2" in seconds and all(value > 0 for value in seconds.values())
-    monkeypatch.setattr(mara_fast.window, "_measure", lambda *args: pytest.fail("again"))
-    again = MeasuredCosts(lm, capture, with_head=capture is not None)
+    monkeypatch.setattr(mara_fast.step_costs, "_measure", lambda *args: pytest.fail("again"))
+    again = MeasuredCosts(lm, capture)
     assert (
         again.known == costs.known
         and again.best_shape(2, examines_all=False, can_pack=True) == best
@@ -127,8 +122,8 @@ def test_measured_once_and_kept(capture: Any, cache: Path, monkeypatch: pytest.M
 def test_what_is_damaged_is_measured_anew(content: str, cache: Path) -> None:
     lm = Engine(ARCHITECTURES["llama"](), False).lm
     cache.parent.mkdir(parents=True)
-    cache.write_text(content.replace("KEY", mara_fast.window._key(lm, None, False)))
-    costs = MeasuredCosts(lm, None, with_head=False)
+    cache.write_text(content.replace("KEY", mara_fast.step_costs._key(lm, None)))
+    costs = MeasuredCosts(lm, None)
     assert not costs.known and costs.best_shape(1, examines_all=True).window in WINDOWS
     assert json.loads(cache.read_text())
 
@@ -136,12 +131,12 @@ def test_what_is_damaged_is_measured_anew(content: str, cache: Path) -> None:
 def test_costs_are_of_the_way_that_steps_run(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ARCHITECTURES["llama"]()
     keys = {
-        mara_fast.window._key(Engine(model, False, attention=attention).lm, None, with_head)
+        mara_fast.step_costs._key(Engine(model, False, attention=attention).lm, capture)
         for attention in ("stock", "candidate")
-        for with_head in (False, True)
+        for capture in (None, TapeCapture())
     }
     monkeypatch.setenv("MARA_KERNELS", "attention=torch")
-    keys.add(mara_fast.window._key(Engine(model, False).lm, None, True))
+    keys.add(mara_fast.step_costs._key(Engine(model, False).lm, None))
     assert len(keys) == 5
 
 
@@ -151,15 +146,15 @@ def test_processes_that_share_a_model_choose_alike(
     """What process 0 read and measured holds; processes with a model each ask nobody."""
     lm = Engine(ARCHITECTURES["llama"](), False).lm
     theirs = {(1, StepShape.uniform(1, 1)): 7.0}
-    monkeypatch.setattr(mara_fast.window, "told_by_first", lambda value: pytest.fail("asked"))
-    alone = MeasuredCosts(lm, None, with_head=False)
+    monkeypatch.setattr(mara_fast.step_costs, "told_by_first", lambda value: pytest.fail("asked"))
+    alone = MeasuredCosts(lm, None)
     assert alone.of(1, StepShape.uniform(1, 1)) < 7 and not {7.0} & set(alone.known.values())
     monkeypatch.setattr(
-        mara_fast.window, "told_by_first", lambda v: theirs if isinstance(v, dict) else 5.0
+        mara_fast.step_costs, "told_by_first", lambda v: theirs if isinstance(v, dict) else 5.0
     )
     monkeypatch.setattr(mara_fast.language_model, "of_first", lambda hidden: hidden)
     monkeypatch.setattr(lm, "is_sharded", True)
-    costs = MeasuredCosts(lm, None, with_head=False)
+    costs = MeasuredCosts(lm, None)
     assert costs.known == theirs and costs.of(1, StepShape.uniform(1, 2)) == 5
 
 
@@ -175,7 +170,7 @@ def test_memory_that_does_not_suffice_is_no_choice(
         return forward(ids, **others)
 
     monkeypatch.setattr(lm, "hidden_states", limited)
-    costs = MeasuredCosts(lm, None, with_head=False)
+    costs = MeasuredCosts(lm, None)
     assert costs.best_shape(2, examines_all=True).num_rows <= 4
     [seconds] = json.loads(cache.read_text()).values()
     assert set(seconds) <= {"2 1 2", "2 2 4"}
@@ -201,7 +196,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    costs = MeasuredCosts(Engine(ARCHITECTURES["llama"](), False).lm, None, with_head=False)
+    costs = MeasuredCosts(Engine(ARCHITECTURES["llama"](), False).lm, None)
     assert costs.best_shape(1, examines_all=False).window in WINDOWS
 
 
