@@ -3,8 +3,8 @@
 Few rows against a large float32 matrix are most of what decoding computes. MKL reads such a matrix
 with one thread where there is a single row, and packs it anew for every product of more: measured
 on an AMD EPYC of two cores, 512 inputs and 32000 outputs, oneDNN takes 2.4 instead of 6.3 ms for
-one row, 3.5 instead of 20 for three, and 5.5 instead of 11.7 for sixteen. Of more than a row its sums
-are less exact, 4e-7 to 6e-7 of their size instead of 2e-7 to 3e-7 (512 to 4096 inputs).
+one row, 3.5 instead of 20 for three, and 5.5 instead of 11.7 for sixteen. Of more than a row its
+sums are less exact, 4e-7 to 6e-7 of their size instead of 2e-7 to 3e-7 (512 to 4096 inputs).
 """
 
 from functools import cache
