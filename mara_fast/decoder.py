@@ -98,7 +98,7 @@ class Decoder:
         agent: accepts or rejects, weighted already; None for plain decoding.
         config: decoding options.
         cache: to decode in; at least ``num_slots`` slots, and scratch for every forward's rows.
-        num_slots: size of the batch.
+        num_slots: sequences held, decoding or not.
         shapes: rows of a step, by the number of slots that decode, less one.
         eos_ids: what ends a sequence.
         host_reads: leave out rows that cannot matter, by reading tensors on the host.
@@ -132,7 +132,7 @@ class Decoder:
                 assert bound is not None
                 bound(num_decoding)
 
-            self.graphs = StepGraphs(live_step, num_slots=num_slots, capture=capture)
+            self.graphs = StepGraphs(live_step, capture=capture)
         self.observer: Callable[[ScoredWindow], None] | None = None
         """Is shown every window that the agent scored."""
         self.is_plain_greedy = agent is None and config.acceptance == "greedy"
@@ -189,12 +189,17 @@ class Decoder:
                 # What graphs read of the agent is brought up to date by an eager call.
                 self.agent.accept_logit(self.state.hidden[:1])
 
-    def run_step(self, num_decoding: int) -> None:
-        """One window of every decoding slot, as a graph where it can be one."""
+    def run_step(self, num_decoding: int, *, most: int) -> None:
+        """One window of every decoding slot, as a graph where it can be one.
+
+        Args:
+            num_decoding: slots that decode.
+            most: slots that may; between the two are idle ones.
+        """
         if self.graphs is None or self.observer is not None:
             self.step(num_decoding)
         else:
-            self.graphs.step(num_decoding)
+            self.graphs.step(num_decoding, most=most)
 
     def step(self, num_decoding: int) -> None:
         """One window of every decoding slot, eagerly."""

@@ -25,8 +25,11 @@ class Pool:
     members: list[int]
     """Their places in what was planned for."""
     num_slots: int
+    """Sequences decoded at once."""
     max_length: int
     """Positions of a slot."""
+    num_ahead: int = 0
+    """Slots beyond, for prompts that are read before there is a place for them."""
 
 
 def free_memory(device: torch.device) -> int:
@@ -55,8 +58,31 @@ def rounded(length: int) -> int:
     return -(-length // _LENGTH_STEP) * _LENGTH_STEP
 
 
+_ROWS_WORTH_A_FORWARD = 256
+"""Of prompts: fewer take as long on a GPU, and per row much longer on a CPU."""
+
+
+def num_ahead(prompt_lengths: Sequence[int], max_slots: int) -> int:
+    """How many short prompts to read with the one that there is a place for.
+
+    Args:
+        prompt_lengths: tokens of each prompt.
+        max_slots: sequences decoded at once.
+    """
+    if not sum(prompt_lengths):
+        return 0
+    together = _ROWS_WORTH_A_FORWARD * len(prompt_lengths) // sum(prompt_lengths)
+    return max(0, min(together - 1, max_slots // 2))
+
+
 def plan_pools(
-    lengths: Sequence[int], *, max_slots: int, scratch: int, row_bytes: int, budget: int
+    lengths: Sequence[int],
+    *,
+    max_slots: int,
+    scratch: int,
+    row_bytes: int,
+    budget: int,
+    num_ahead: int = 0,
 ) -> list[Pool]:
     """Pools for sequences, those of short ones first.
 
@@ -69,6 +95,7 @@ def plan_pools(
         scratch: rows of a slot beyond its length.
         row_bytes: keys and values of a position, all layers.
         budget: bytes of a pool; at least a slot of the longest has to fit.
+        num_ahead: prompts to be read ahead, where memory is left for them.
 
     Raises:
         PromptError: not even one slot of its length fits, with the numbers.
@@ -92,5 +119,13 @@ def plan_pools(
             members = [place for place in waiting if 2 * rounded(lengths[place]) > longest]
             waiting = waiting[len(members) :]
         num_slots = min(max_slots, fitting, len(members))
-        pools.append(Pool(members=sorted(members), num_slots=num_slots, max_length=longest))
+        spare = min(fitting, len(members)) - num_slots
+        pools.append(
+            Pool(
+                members=sorted(members),
+                num_slots=num_slots,
+                max_length=longest,
+                num_ahead=min(num_ahead, spare),
+            )
+        )
     return pools[::-1]

@@ -1,7 +1,8 @@
 """One pass over a list of prompts by continuous batching.
 
     for each pool of slots, see mara_fast.memory, while work is left:
-        free slots take prompts from the queue
+        a slot that has read its prompt decodes, if fewer than may do
+        if too few have: free slots take prompts from the queue, short ones some more than needed
         one chunk of prefill for the slots that still read their prompt
         one step of decoding for the slots that have read it
         what the slots say of themselves is copied to the host
@@ -11,8 +12,9 @@ Looking a turn late, the host queues the next step while the device works on thi
 texts of what ended meanwhile. A sequence that has ended idles for that turn. On a CPU nothing is
 gained by waiting, and the host looks at once.
 
-Slots are kept in the order [decoding | prefilling | free], so that every forward works on one
-contiguous range.
+Slots are kept in the order [decoding | waiting | free], so that every forward works on one
+contiguous range. What waits reads its prompt still, or has read it ahead; the latter only while as
+many decode as may.
 """
 
 import time
@@ -64,6 +66,11 @@ class Request:
     """Tokens already searched for stop strings."""
     has_left: bool = False
     started: float = 0.0
+
+    @property
+    def is_read(self) -> bool:
+        """The whole prompt is."""
+        return self.num_prefilled == len(self.token_ids)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +125,9 @@ class Run:
             lengths = [len(request.token_ids) for request in requests]
             self._pools = engine.pools(config, lengths)
         self.observer = observer
-        self._num_slots = 0
+        self._pool = Pool(members=[], num_slots=0, max_length=0)
         self._queue: deque[Request] = deque()
-        self._prefilling: list[Request] = []
+        self._waiting: list[Request] = []
         self._decoding: list[Request] = []
         self._snapshots: deque[_Snapshot] = deque()
         self._leaving: deque[_Leaving] = deque()
@@ -144,9 +151,9 @@ class Run:
                 longest_prompt=max(len(request.token_ids) for request in members),
                 observer=self.observer,
             )
-            self._num_slots = pool.num_slots
+            self._pool = pool
             self._queue.extend(members)
-            while self._queue or self._prefilling or self._decoding or self._leaving:
+            while self._queue or self._waiting or self._decoding or self._leaving:
                 yield self._turn(decoder)
             # A run that ends early may leave anything behind, and does not hand it on.
             self.engine.return_decoder(decoder)
@@ -154,11 +161,13 @@ class Run:
 
     @torch.inference_mode()
     def _turn(self, decoder: Decoder) -> list[tuple[int, Generation]]:
+        self._promote(decoder)
         self._admit(decoder)
-        if self._prefilling:
+        if not all(request.is_read for request in self._waiting):
             self._prefill(decoder)
+            self._promote(decoder)
         if self._decoding:
-            decoder.run_step(len(self._decoding))
+            decoder.run_step(len(self._decoding), most=self._pool.num_slots)
             for request in self._decoding:
                 request.num_steps += 1
             self._snapshots.append(self._snapshot(decoder.state))
@@ -167,52 +176,60 @@ class Run:
             self._look(self._snapshots.popleft(), decoder)
         return self._arrived()
 
+    def _promote(self, decoder: Decoder) -> None:
+        """What has read its prompt decodes, if there is a place."""
+        for request in [request for request in self._waiting if request.is_read]:
+            if len(self._decoding) == self._pool.num_slots:
+                break
+            self._exchange(request, self._waiting[0], decoder)
+            self._decoding.append(self._waiting.pop(0))
+
     def _admit(self, decoder: Decoder) -> None:
-        while self._queue and len(self._decoding) + len(self._prefilling) < self._num_slots:
+        if len(self._decoding) + len(self._waiting) >= self._pool.num_slots:
+            return
+        room = self._pool.num_slots + self._pool.num_ahead
+        while self._queue and len(self._decoding) + len(self._waiting) < room:
             request = self._queue.popleft()
-            request.slot = len(self._decoding) + len(self._prefilling)
+            request.slot = len(self._decoding) + len(self._waiting)
             decoder.state.reset(request.slot, sequence=request.sequence)
             request.started = time.perf_counter()
-            self._prefilling.append(request)
+            self._waiting.append(request)
 
     def _prefill(self, decoder: Decoder) -> None:
-        """One chunk of the first prefilling slots; those at the end of a prompt start to decode."""
+        """One chunk of the first slots that read."""
+        read = [request for request in self._waiting if request.is_read]
+        for place, request in enumerate(read):
+            self._exchange(request, self._waiting[place], decoder)
         chunks: list[list[int]] = []
         width = 0
-        for request in self._prefilling:
+        for request in self._waiting[len(read) :]:
             chunk = request.token_ids[request.num_prefilled :][: self.engine.prefill_chunk]
             if chunks and (len(chunks) + 1) * max(width, len(chunk)) > _PREFILL_ROWS:
                 break
             chunks.append(chunk)
             width = max(width, len(chunk))
-        now = self._prefilling[: len(chunks)]
+        now = self._waiting[len(read) :][: len(chunks)]
         device = self.engine.lm.device
-        complete = []
         for request, chunk in zip(now, chunks, strict=True):
             request.num_prefilled += len(chunk)
-            complete.append(request.num_prefilled == len(request.token_ids))
-        first = len(self._decoding)
+        first = now[0].slot
         decoder.prefill(
             slice(first, first + len(chunks)),
             to_device([chunk + chunk[-1:] * (width - len(chunk)) for chunk in chunks], device),
             to_device([len(chunk) for chunk in chunks], device),
-            to_device(complete, device),
+            to_device([request.is_read for request in now], device),
         )
-        for request, is_complete in zip(now, complete, strict=True):
-            if is_complete:
-                self._exchange(request, self._prefilling[0], decoder)
-                self._decoding.append(self._prefilling.pop(0))
 
     def _exchange(self, first: Request, second: Request, decoder: Decoder) -> None:
-        """Exchanges two prefilling requests."""
+        """Exchanges two that wait."""
         if first is second:
             return
         length = max(first.num_prefilled, second.num_prefilled)
         decoder.swap(first.slot, second.slot, length=length)
-        offset = self._prefilling[0].slot
+        offset = self._waiting[0].slot
         first.slot, second.slot = second.slot, first.slot
-        self._prefilling[first.slot - offset] = first
-        self._prefilling[second.slot - offset] = second
+        self._waiting[first.slot - offset] = first
+        self._waiting[second.slot - offset] = second
 
     def _snapshot(self, state: SlotState) -> _Snapshot:
         slots = slice(0, len(self._decoding))
@@ -273,14 +290,14 @@ class Run:
         request.has_left = True
         if is_bad:
             decoder.cache.clear(request.slot)
-        # The last decoding slot takes the free one's place, and the last prefilling one its.
+        # The last decoding slot takes the free one's place, and the last waiting one its.
         free, last = request.slot, self._decoding[-1]
         self._decoding[free] = last
         self._decoding.pop()
         free = self._move(last, free, decoder)
-        if self._prefilling:
-            last = self._prefilling.pop()
-            self._prefilling.insert(0, last)
+        if self._waiting:
+            last = self._waiting.pop()
+            self._waiting.insert(0, last)
             free = self._move(last, free, decoder)
         decoder.state.size[free] = 0
 
@@ -295,7 +312,7 @@ class Run:
 
     def _arrived(self) -> list[tuple[int, Generation]]:
         """Results that have reached the host; all of them if there is nothing else to do."""
-        is_idle = not (self._queue or self._prefilling or self._decoding)
+        is_idle = not (self._queue or self._waiting or self._decoding)
         finished = []
         while self._leaving:
             leaving = self._leaving[0]

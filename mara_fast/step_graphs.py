@@ -49,20 +49,19 @@ class StepGraphs:
 
     Args:
         step: takes the number of slots; device-only, writes to tensors that stay where they are.
-        num_slots: most slots of a step.
         capture: how a step becomes a graph.
     """
 
-    def __init__(self, step: Callable[[int], None], *, num_slots: int, capture: Capture) -> None:
-        self._step, self._num_slots, self._capture = step, num_slots, capture
+    def __init__(self, step: Callable[[int], None], *, capture: Capture) -> None:
+        self._step, self._capture = step, capture
         self._seen: set[int] = set()
         self._graphs: dict[int, Replay] = {}
         self.failure: str | None = None
         """Why steps run eagerly; None: they do not."""
 
-    def step(self, num_decoding: int) -> None:
-        """A step of at least so many slots; those behind them must be idle."""
-        bucket = min(self._num_slots, 1 << (num_decoding - 1).bit_length())
+    def step(self, num_decoding: int, *, most: int) -> None:
+        """A step of ``num_decoding`` to ``most`` slots; those between the two are idle."""
+        bucket = min(most, 1 << (num_decoding - 1).bit_length())
         if self.failure is None and bucket in self._seen and bucket not in self._graphs:
             try:
                 self._graphs[bucket] = self._capture(lambda: self._step(bucket))

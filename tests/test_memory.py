@@ -12,7 +12,7 @@ from exactness import check_exact, random_agent
 from mara_fast import Engine
 from mara_fast.cache import RowKind, SlotCache
 from mara_fast.decoder import Decoder
-from mara_fast.memory import free_memory, plan_pools, slot_bytes
+from mara_fast.memory import free_memory, num_ahead, plan_pools, slot_bytes
 from mara_fast.prompts import PromptError
 
 LENGTHS = (3, 90, 7, 200, 12, 5, 30, 150, 2)
@@ -63,6 +63,56 @@ def test_rows_of_a_kind_lie_together() -> None:
         for index, buffer in enumerate(buffers(cache)):
             assert (buffer[0, :, 0] == index).all() and not buffer[1].any()
             assert not buffer[0, :, 1:3].any() and (buffer[2, :, 5:7] == index).all()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "slots", "expected"),
+    [([64], 16, 3), ([64], 4, 2), ([64], 1, 0), ([300, 200], 16, 0), ([129], 16, 0), ([8], 64, 31)],
+)
+def test_how_many_are_read_ahead(lengths: list[int], slots: int, expected: int) -> None:
+    """As many as fill a forward, half as many as decode at most."""
+    assert num_ahead(lengths, slots) == expected
+
+
+def test_ahead_is_what_memory_and_prompts_are_left_for() -> None:
+    options = {"max_slots": 4, "scratch": 0, "row_bytes": 1, "num_ahead": 3}
+
+    def planned(count: int, slots: int) -> tuple[int, int]:
+        [pool] = plan_pools([60] * count, budget=slots * 65, **options)
+        return pool.num_slots, pool.num_ahead
+
+    assert planned(9, 9) == (4, 3) and planned(9, 6) == (4, 2) and planned(9, 4) == (4, 0)
+    assert planned(5, 9) == (4, 1) and planned(4, 9) == (4, 0) and planned(9, 2) == (2, 0)
+
+
+def test_short_prompts_are_read_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two ahead of four that decode, three at a time; never do more than four decode."""
+    read: list[int] = []
+    decoding: list[int] = []
+    prefill, step = Decoder.prefill, Decoder.step
+
+    def count(decoder: Decoder, slots: slice, *arguments: Any) -> None:
+        read.append(slots.stop - slots.start)
+        prefill(decoder, slots, *arguments)
+
+    def watch(decoder: Decoder, num_decoding: int) -> None:
+        decoding.append(num_decoding)
+        step(decoder, num_decoding)
+
+    monkeypatch.setattr(Decoder, "prefill", count)
+    monkeypatch.setattr(Decoder, "step", watch)
+    prompts = [random_prompt(engine.lm.model, 3 + index % 5, seed=index) for index in range(16)]
+    check_exact(engine, prompts, max_new_tokens=9, eos_token_id=tuple(range(3, 60)))
+    assert max(decoding) == 4 and sum(read) == 16
+    assert read[0] == 6 and sum(size > 1 for size in read) >= len(read) - 1
+
+
+def test_reading_ahead_in_chunks(engine: Engine) -> None:
+    """Some have read their prompt and wait, others still read, places change hands meanwhile."""
+    lengths = (3, 40, 5, 33, 2, 4, 50, 6, 3, 21, 2, 35, 7)
+    prompts = [random_prompt(engine.lm.model, length, seed=length) for length in lengths]
+    engine.prefill_chunk = 6
+    check_exact(engine, prompts, max_new_tokens=7, window=2, eos_token_id=tuple(range(3, 70)))
 
 
 def buffers(cache: SlotCache) -> list[torch.Tensor]:

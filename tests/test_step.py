@@ -284,7 +284,7 @@ def test_all_tensors_are_where_the_model_is(
     """On the meta device, which has no values: one of the CPU cannot be mixed with it."""
     with pytest.raises((RuntimeError, NotImplementedError)):
         torch.where(torch.ones(2, dtype=torch.bool), torch.ones(2, device="meta"), torch.ones(2))
-    monkeypatch.setattr("mara_fast.language_model.check_path", lambda lm: Checked(1, True))
+    monkeypatch.setattr("mara_fast.language_model.check_path", lambda lm: Checked((), 1, True))
     lm = FrozenLM(copy.deepcopy(ARCHITECTURES["llama"]()).to("meta"))
     agent = random_agent(48).to("meta") if has_agent else None
     decoder = Decoder(

@@ -155,12 +155,15 @@ def test_what_cannot_be_captured_runs_eagerly(taped: Any, caplog: pytest.LogCapt
 def test_buckets() -> None:
     steps: list[int] = []
     capture = TapeCapture()
-    graphs = StepGraphs(steps.append, num_slots=6, capture=capture)
+    graphs = StepGraphs(steps.append, capture=capture)
     for num in (1, 2, 3, 4, 5, 6):
-        graphs.step(num)
+        graphs.step(num, most=6)
     assert steps == [1, 2, 4, 4, 6, 6] and capture.num_captured == 2
+    # What waits behind as many as may decode is left alone.
+    graphs.step(3, most=3)
+    assert steps[-1] == 3
     graphs.forget()
-    graphs.step(3)
+    graphs.step(3, most=6)
     assert steps[-1] == 4 and capture.num_captured == 2
 
 

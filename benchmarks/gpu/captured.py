@@ -55,7 +55,7 @@ def compare(subject: Subject, rule: dict[str, Any], *, num_steps: int) -> str:
     num_slots = len(subject.prompts)
     with torch.inference_mode():
         for _ in range(num_steps):
-            captured.graphs.step(num_slots)
+            captured.graphs.step(num_slots, most=num_slots)
             eager.step(num_slots)
     if captured.graphs.failure is not None:
         return f"it cannot be captured: {captured.graphs.failure}"

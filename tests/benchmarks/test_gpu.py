@@ -79,7 +79,7 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     # On a CPU no mask is made where all is seen.
     monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: False)
     # The engine would refuse such a model.
-    monkeypatch.setattr("mara_fast.language_model.check_path", lambda lm: Checked(1024, False))
+    monkeypatch.setattr("mara_fast.language_model.check_path", lambda lm: Checked((), 1024, False))
 
 
 @pytest.mark.parametrize("name", ["exact", "divergence"])
