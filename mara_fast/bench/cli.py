@@ -79,7 +79,7 @@ def bench(
     ] = None,
     prompts_per_slot: Annotated[
         int, typer.Option(min=1, help="So many; answers end at different steps.")
-    ] = 4,
+    ] = 8,
     num_serial_prompts: Annotated[
         int, typer.Option(min=1, help="Of them for the authors' cascade, which takes its time.")
     ] = 2,

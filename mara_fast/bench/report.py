@@ -58,7 +58,8 @@ def batch_report(
     limits: dict[str, float],
     parts: dict[str, float],
 ) -> dict[str, Any]:
-    """The figures of one batch size.
+    """The figures of one batch size. A ratio is the median of those of every round: what else
+    happens on the machine meets the systems of a round alike.
 
     Args:
         batch_size: prompts at once.
@@ -71,9 +72,11 @@ def batch_report(
     median = {name: statistics.median(found) for name, found in rates.items()}
     measured = profile(stats)
     ratios = {
-        name: median[first] / median[second]
+        name: statistics.median(
+            one / other for one, other in zip(rates[first], rates[second], strict=True)
+        )
         for name, first, second in _RATIOS
-        if first in median and second in median
+        if first in rates and second in rates
     }
     if targets.PLAIN in ratios:
         ratios[targets.LIMIT] = 1 / measured["candidates_per_token"]
@@ -88,7 +91,7 @@ def batch_report(
         "batch_size": batch_size,
         "profile": measured,
         "tokens_per_s": {
-            name: {"median": median[name], "min": min(found), "max": max(found)}
+            name: {"median": median[name], "min": min(found), "max": max(found), "rounds": found}
             for name, found in rates.items()
         },
         "ratios": ratios,

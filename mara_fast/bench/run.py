@@ -49,7 +49,7 @@ class BenchConfig:
     input_len: int = 64
     output_len: int = 48
     num_prompts: int | None = None
-    prompts_per_slot: int = 4
+    prompts_per_slot: int = 8
     """Answers end at different steps: with a prompt per slot most slots would soon be empty."""
     num_serial_prompts: int = 2
     num_iters: int = 5
