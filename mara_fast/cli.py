@@ -1,26 +1,27 @@
 """The command ``mara-fast``."""
 
 import dataclasses
-import functools
-import inspect
-import sys
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mara_fast.commands import Commands, clear_errors
-from mara_fast.options import from_yaml
+from mara_fast.flags import (
+    DECODING,
+    MODEL,
+    Preset,
+    check_dial_flags,
+    chosen_agent,
+    config_in_force,
+    given_options,
+    stdin_prompt,
+)
 
 if TYPE_CHECKING:
-    from mara_fast.config import DecodingConfig
-    from mara_fast.data_parallel import EngineOptions, ParallelEngine
+    from mara_fast.data_parallel import EngineOptions
     from mara_fast.engine import Engine
-
-    AnyEngine = Engine | ParallelEngine
 
 app = typer.Typer(
     name="mara-fast",
@@ -33,15 +34,6 @@ app = typer.Typer(
 )
 
 
-class Preset(StrEnum):
-    """Named decoding options."""
-
-    paper = "paper"
-    official = "official"
-
-
-_DECODING = "Decoding (default: the agent's own options, else the paper's)"
-_MODEL = "Model"
 _FILES = "Files"
 
 
@@ -66,7 +58,7 @@ def generate(
         str | None, typer.Argument(help="The prompt. Without it and without -i: standard input.")
     ] = None,
     model: Annotated[
-        str, typer.Option("--model", "-m", help="Hub id or path.", rich_help_panel=_MODEL)
+        str, typer.Option("--model", "-m", help="Hub id or path.", rich_help_panel=MODEL)
     ] = "tiny",
     agent: Annotated[
         list[str] | None,
@@ -74,27 +66,27 @@ def generate(
             "--agent",
             "-a",
             help="Hub id or folder of a MARA agent; repeatable: they decide together.",
-            rich_help_panel=_MODEL,
+            rich_help_panel=MODEL,
         ),
     ] = None,
     no_agent: Annotated[
-        bool, typer.Option("--no-agent", help="Decode plainly.", rich_help_panel=_MODEL)
+        bool, typer.Option("--no-agent", help="Decode plainly.", rich_help_panel=MODEL)
     ] = False,
     dtype: Annotated[
-        str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=_MODEL)
+        str, typer.Option(help="auto, float32, bfloat16 or float16.", rich_help_panel=MODEL)
     ] = "auto",
     device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=_MODEL)
+        str, typer.Option(help="auto, cpu, cuda, cuda:1, ...", rich_help_panel=MODEL)
     ] = "auto",
     max_batch_size: Annotated[
-        int, typer.Option(help="Sequences decoded at once.", rich_help_panel=_MODEL)
+        int, typer.Option(help="Sequences decoded at once.", rich_help_panel=MODEL)
     ] = 16,
     num_gpus: Annotated[
         int | None,
         typer.Option(
             min=1,
             help="With --input: so many engines, one per GPU (without GPUs: processes), by Ray.",
-            rich_help_panel=_MODEL,
+            rich_help_panel=MODEL,
         ),
     ] = None,
     tensor_parallel: Annotated[
@@ -102,7 +94,7 @@ def generate(
         typer.Option(
             "--tensor-parallel",
             help="The model over all processes: torchrun --nproc-per-node N -m mara_fast.cli ...",
-            rich_help_panel=_MODEL,
+            rich_help_panel=MODEL,
         ),
     ] = False,
     input_path: Annotated[
@@ -132,94 +124,92 @@ def generate(
             "--config",
             "-c",
             help="YAML with the options below by name (top_k: 20); flags win.",
-            rich_help_panel=_DECODING,
+            rich_help_panel=DECODING,
         ),
     ] = None,
     preset: Annotated[
         Preset | None,
-        typer.Option(help="The paper's, or the authors' code's.", rich_help_panel=_DECODING),
+        typer.Option(help="The paper's, or the authors' code's.", rich_help_panel=DECODING),
     ] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of an answer.", rich_help_panel=_DECODING)
+        int | None, typer.Option(help="Most tokens of an answer.", rich_help_panel=DECODING)
     ] = None,
     min_new_tokens: Annotated[
-        int | None, typer.Option(help="No end before so many.", rich_help_panel=_DECODING)
+        int | None, typer.Option(help="No end before so many.", rich_help_panel=DECODING)
     ] = None,
     top_k: Annotated[
-        int | None, typer.Option(help="Candidates by rank; 0: all.", rich_help_panel=_DECODING)
+        int | None, typer.Option(help="Candidates by rank; 0: all.", rich_help_panel=DECODING)
     ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Candidates by mass.", rich_help_panel=_DECODING)
+        float | None, typer.Option(help="Candidates by mass.", rich_help_panel=DECODING)
     ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Divides the logits.", rich_help_panel=_DECODING)
+        float | None, typer.Option(help="Divides the logits.", rich_help_panel=DECODING)
     ] = None,
     acceptance: Annotated[
-        str | None, typer.Option(help="greedy or sample.", rich_help_panel=_DECODING)
+        str | None, typer.Option(help="greedy or sample.", rich_help_panel=DECODING)
     ] = None,
     threshold: Annotated[
         float | None,
-        typer.Option(help="Accept probability needed, in (0, 1).", rich_help_panel=_DECODING),
+        typer.Option(help="Accept probability needed, in (0, 1).", rich_help_panel=DECODING),
     ] = None,
     strategy: Annotated[
         str | None,
-        typer.Option(
-            help="Among the accepted: first, max_prob, random.", rich_help_panel=_DECODING
-        ),
+        typer.Option(help="Among the accepted: first, max_prob, random.", rich_help_panel=DECODING),
     ] = None,
     fallback: Annotated[
         str | None,
-        typer.Option(help="All rejected: last, first, max_prob.", rich_help_panel=_DECODING),
+        typer.Option(help="All rejected: last, first, max_prob.", rich_help_panel=DECODING),
     ] = None,
     order: Annotated[
         str | None,
-        typer.Option(help="descending, reverse, top_last.", rich_help_panel=_DECODING),
+        typer.Option(help="descending, reverse, top_last.", rich_help_panel=DECODING),
     ] = None,
     window: Annotated[
         str | None,
-        typer.Option(help="Candidates per forward: auto or a number.", rich_help_panel=_DECODING),
+        typer.Option(help="Candidates per forward: auto or a number.", rich_help_panel=DECODING),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Key of every draw.", rich_help_panel=_DECODING)
+        int | None, typer.Option(help="Key of every draw.", rich_help_panel=DECODING)
     ] = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="Text that ends an answer; repeatable.", rich_help_panel=_DECODING),
+        typer.Option(help="Text that ends an answer; repeatable.", rich_help_panel=DECODING),
     ] = None,
     ignore_eos: Annotated[
         bool | None,
-        typer.Option("--ignore-eos", help="Go on after EOS.", rich_help_panel=_DECODING),
+        typer.Option("--ignore-eos", help="Go on after EOS.", rich_help_panel=DECODING),
     ] = None,
     prompt_format: Annotated[
-        str | None, typer.Option(help="auto, chat, raw, official.", rich_help_panel=_DECODING)
+        str | None, typer.Option(help="auto, chat, raw, official.", rich_help_panel=DECODING)
     ] = None,
     agent_weight: Annotated[
         list[float] | None,
-        typer.Option(help="One per --agent, in order; 0: unasked.", rich_help_panel=_DECODING),
+        typer.Option(help="One per --agent, in order; 0: unasked.", rich_help_panel=DECODING),
     ] = None,
     agent_combination: Annotated[
         str | None,
-        typer.Option(help="Of several agents: logit, product, min.", rich_help_panel=_DECODING),
+        typer.Option(help="Of several agents: logit, product, min.", rich_help_panel=DECODING),
     ] = None,
     max_fallback_rate: Annotated[
         float | None,
         typer.Option(
             help="Share of positions without an accepted candidate that raises an alarm; 1: none.",
-            rich_help_panel=_DECODING,
+            rich_help_panel=DECODING,
         ),
     ] = None,
     max_repetition: Annotated[
         float | None,
         typer.Option(
             help="Share of repeated tokens that raises an alarm; 1: none.",
-            rich_help_panel=_DECODING,
+            rich_help_panel=DECODING,
         ),
     ] = None,
     kl_budget: Annotated[
         float | None,
         typer.Option(
             help="Nats per token likelier than to the model that raise an alarm.",
-            rich_help_panel=_DECODING,
+            rich_help_panel=DECODING,
         ),
     ] = None,
     trace: Annotated[
@@ -379,122 +369,8 @@ def main() -> None:
     app()
 
 
-def stdin_prompt() -> str:
-    if sys.stdin is None or sys.stdin.isatty():
-        raise ValueError("no prompt: give one as an argument, by standard input, or --input FILE")
-    text = sys.stdin.read().strip("\r\n")
-    if not text:
-        raise ValueError("standard input is empty: no prompt")
-    return text
-
-
-def _yaml(path: Path | None) -> dict[str, Any]:
-    if path is None:
-        return {}
-    try:
-        values = from_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold option: value lines")
-    # As the flags are written.
-    names = {name: str(name).replace("-", "_") for name in values}
-    return {_OPTION_OF_FLAG.get(names[k], names[k]): v for k, v in values.items()}
-
-
-_OPTION_OF_FLAG = {"stop": "stop_strings", "agent_weight": "agent_weights"}
-"""Of the flags that are given once per value."""
-
-
-def chosen_agent(
-    agents: list[str] | None, *, no_agent: bool
-) -> str | tuple[str, ...] | Literal[False] | None:
-    """What ``--agent`` and ``--no-agent`` say, as :class:`EngineOptions` takes it."""
-    if no_agent and agents:
-        raise ValueError("give --agent or --no-agent, not both")
-    if no_agent:
-        return False
-    if not agents:
-        return None
-    return agents[0] if len(agents) == 1 else tuple(agents)
-
-
-def check_dial_flags(
-    given: Mapping[str, Any], agent: str | tuple[str, ...] | Literal[False] | None
-) -> None:
-    """Raises a ValueError for weights of another number of agents, before a model is loaded.
-
-    Args:
-        given: options, as :func:`given_options` makes them.
-        agent: what :func:`chosen_agent` says; how many None are only the model knows.
-    """
-    from mara_fast.mixture import check_weights
-    from mara_fast.options import several
-
-    weights = given.get("agent_weights")
-    if weights is not None and agent is not None:
-        num_agents = 0 if agent is False else len(several(agent, str))
-        check_weights(several(weights, float), num_agents)
-
-
-def given_options(
-    config_path: Path | None, preset: Preset | None, flags: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The options of the file, then those of the flags, checked before a model is loaded."""
-    options = {name: value for name, value in flags.items() if value is not None}
-    if "window" in options and options["window"].isdecimal():
-        options["window"] = int(options["window"])
-    for flag, option in _OPTION_OF_FLAG.items():
-        values = options.pop(flag, None)
-        if values:
-            options[option] = values
-    given = _yaml(config_path) | options
-    _check_options(preset, given)
-    return given
-
-
-def with_decoding_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that also has the flags of ``generate`` for a model and for decoding.
-
-    Args:
-        command: takes the values of these flags, by name, as ``flags``.
-    """
-    own = dict(inspect.signature(command).parameters)
-    del own["flags"]
-    shared = {
-        name: parameter
-        for name, parameter in inspect.signature(generate).parameters.items()
-        if name not in (*own, "num_gpus", "tensor_parallel")
-        and any(
-            getattr(note, "rich_help_panel", None) in (_MODEL, _DECODING)
-            for note in getattr(parameter.annotation, "__metadata__", ())
-        )
-    }
-
-    @functools.wraps(command)
-    def flagged(**values: Any) -> None:
-        flags = {name: values.pop(name) for name in shared}
-        command(**values, flags=flags)
-
-    parameters = [*own.values(), *shared.values()]
-    flagged.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    flagged.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return flagged
-
-
 def _same_file(one: Path, other: Path) -> bool:
     return one.exists() and other.exists() and one.samefile(other)
-
-
-def _check_options(preset: Preset | None, given: dict[str, Any]) -> None:
-    """Finds a bad option before a model is loaded."""
-    from mara_fast.config import DecodingConfig
-
-    if preset is not None:
-        getattr(DecodingConfig, preset.value)(**given)
-        return
-    # The agent may allow more tokens than we do by default.
-    DecodingConfig.from_dict({"max_new_tokens": sys.maxsize} | given)
 
 
 def load_engine(options: "EngineOptions", *, tensor_parallel: bool) -> "Engine":
@@ -504,15 +380,6 @@ def load_engine(options: "EngineOptions", *, tensor_parallel: bool) -> "Engine":
 
     logging.disable_progress_bar()
     return Engine(**dataclasses.asdict(options), tensor_parallel=tensor_parallel)
-
-
-def config_in_force(
-    engine: "AnyEngine", preset: Preset | None, given: dict[str, Any]
-) -> "DecodingConfig":
-    from mara_fast.config import DecodingConfig
-
-    base = getattr(DecodingConfig, preset.value)() if preset else None
-    return engine.config(base, **given)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import speaker
 from mara_fast import DecodingConfig, Generation, MaraAgent
 from mara_fast.cli import app
 from mara_fast.data_parallel import EngineOptions
+from mara_fast.flags import stdin_prompt
 from naming import stable_id
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -118,7 +119,7 @@ def test_no_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
     for stdin in (Terminal("Hi"), None):
         monkeypatch.setattr(sys, "stdin", stdin)
         with pytest.raises(ValueError, match="no prompt: give one as an argument, by standard in"):
-            mara_fast.cli.stdin_prompt()
+            stdin_prompt()
 
 
 @pytest.mark.usefixtures("loaded")

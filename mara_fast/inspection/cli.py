@@ -10,6 +10,14 @@ import typer
 
 from mara_fast import cli
 from mara_fast.commands import clear_errors
+from mara_fast.flags import (
+    check_dial_flags,
+    chosen_agent,
+    config_in_force,
+    given_options,
+    stdin_prompt,
+    with_decoding_flags,
+)
 
 if TYPE_CHECKING:
     from mara_fast.engine import Engine
@@ -42,7 +50,7 @@ _NUM_TOKENS = 24
 """
 )
 @clear_errors()
-@cli.with_decoding_flags
+@with_decoding_flags
 def inspect(
     prompt: Annotated[
         str | None, typer.Argument(help="The prompt. Without it and without -i: standard input.")
@@ -87,7 +95,7 @@ def inspect(
         raise ValueError("give a prompt or --input, not both")
     if ids and input_path is None:
         raise ValueError("--id needs --input")
-    agent = cli.chosen_agent(flags.pop("agent"), no_agent=flags.pop("no_agent"))
+    agent = chosen_agent(flags.pop("agent"), no_agent=flags.pop("no_agent"))
     if counterfactual_tokens is not None and not (
         counterfactuals or (counterfactuals is None and input_path is None)
     ):
@@ -95,8 +103,8 @@ def inspect(
     _check_page(html, input_path, overwrite=overwrite)
     options = {name: flags.pop(name) for name in _ENGINE_FLAGS}
     preset, config_path = flags.pop("preset"), flags.pop("config_path")
-    given = cli.given_options(config_path, preset, flags)
-    cli.check_dial_flags(given, agent)
+    given = given_options(config_path, preset, flags)
+    check_dial_flags(given, agent)
     from mara_fast.inspection.results import TracedResult, read_results, read_settings
 
     if input_path is not None:
@@ -111,9 +119,9 @@ def inspect(
         if most:
             engine = _engine(model or _recorded_model(settings, input_path), False, options)
     else:
-        prompt = cli.stdin_prompt() if prompt is None else prompt
+        prompt = stdin_prompt() if prompt is None else prompt
         engine = _engine(model or "tiny", agent, options)
-        config = cli.config_in_force(engine, preset, given | {"trace": True})
+        config = config_in_force(engine, preset, given | {"trace": True})
         [generation] = engine.generate([prompt], config)
         results = [TracedResult(id=0, generation=generation)]
         # The engine knows which agent a model brings along; only tiny does.
