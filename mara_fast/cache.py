@@ -1,7 +1,8 @@
 """Keys and values of the slots: a committed prefix, and room for undecided rows behind it."""
 
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -35,6 +36,12 @@ class RowKind(NamedTuple):
         return cls(states.shape[1], states.shape[3], states.device, states.dtype)
 
 
+_MOST_STACK_BYTES = 2**31
+"""What torch indexes in one launch."""
+_MOST_COPY_BYTES = 2**26
+"""Of rows on their way from one place to another."""
+
+
 class _Memory:
     """Buffers [slots, H, rows, D]; those of one kind lie in one tensor, to be moved in one go.
 
@@ -57,12 +64,26 @@ class _Memory:
         if not free:
             size = (self.num_slots, kind.num_heads, self.num_rows, kind.head_size)
             # Zeros, not empty: a masked key still enters a product, and 0 * NaN is NaN.
-            stack = states.new_zeros(self._expected.pop(kind, 1), *size)
+            most = _MOST_STACK_BYTES // (math.prod(size) * states.element_size())
+            count = max(1, min(self._expected[kind], most))
+            self._expected[kind] -= count
+            stack = states.new_zeros(count, *size)
             self.stacks.append(stack)
             free += [stack[index] for index in reversed(range(len(stack)))]
         buffer = free.pop()
         torch._dynamo.mark_static_address(buffer)
         return buffer
+
+    def parts(self, num_rows: int) -> Iterator[Tensor]:
+        """The stacks, [N, slots, H, rows, D], in parts of which so many rows may be copied at once.
+
+        Args:
+            num_rows: of all slots together.
+        """
+        for stack in self.stacks:
+            _, _, num_heads, _, head_size = stack.shape
+            each = num_rows * num_heads * head_size * stack.element_size()
+            yield from stack.split(max(1, _MOST_COPY_BYTES // max(1, each)))
 
 
 class SlotLayer(CacheLayerMixin):
@@ -147,7 +168,10 @@ class SlotCache(Cache):
     def kinds(self) -> tuple[RowKind, ...]:
         """Of the keys and values of every layer that was forwarded."""
         return tuple(
-            RowKind.of(buffer) for layer in self.layers for buffer in (layer.keys, layer.values)
+            RowKind.of(buffer)
+            for layer in self.layers
+            if layer.is_initialized
+            for buffer in (layer.keys, layer.values)
         )
 
     def select(self, slots: slice, *, base: int, packing: Packing | None = None) -> None:
@@ -168,27 +192,27 @@ class SlotCache(Cache):
             destination: int64 [B, C], where to; ``trash`` for nowhere.
         """
         slot = torch.arange(source.shape[0], device=source.device)[:, None]
-        for stack in self._memory.stacks:
-            rows = stack[:, self.view.slots]
+        for part in self._memory.parts(source.numel()):
+            rows = part[:, self.view.slots]
             rows[:, slot, :, destination] = rows[:, slot, :, source]
 
     def commit_rows(self, slots: Tensor, source: Tensor, destination: Tensor) -> None:
         """Moves one row in some of the selected slots; all int64 [N]."""
-        for stack in self._memory.stacks:
-            rows = stack[:, self.view.slots]
+        for part in self._memory.parts(source.numel()):
+            rows = part[:, self.view.slots]
             rows[:, slots, :, destination] = rows[:, slots, :, source]
 
-    def move(self, source: int, destination: int, *, length: int) -> None:
-        """Copies the first ``length`` rows of a slot over those of another."""
+    def move(self, source: int, destination: int) -> None:
+        """Copies a slot over another. All of it: behind a prefix nothing of others may stay."""
         for stack in self._memory.stacks:
-            stack[:, destination, :, :length] = stack[:, source, :, :length]
+            stack[:, destination] = stack[:, source]
 
-    def swap(self, first: int, second: int, *, length: int) -> None:
-        """Exchanges the first ``length`` rows of two slots."""
-        for stack in self._memory.stacks:
-            kept = stack[:, first, :, :length].clone()
-            stack[:, first, :, :length] = stack[:, second, :, :length]
-            stack[:, second, :, :length] = kept
+    def swap(self, first: int, second: int) -> None:
+        """Exchanges two slots."""
+        for part in self._memory.parts(self.trash + 1):
+            kept = part[:, first].clone()
+            part[:, first] = part[:, second]
+            part[:, second] = kept
 
     def clear_rows(self, base: int) -> None:
         """Zeroes the rows of the selected slots from ``base`` on."""

@@ -290,14 +290,19 @@ class Decoder:
             capacity = self._wider(capacity)
             self._truncate(slice(None), self.state, waiting, capacity)
 
-    def move(self, source: int, destination: int, *, length: int) -> None:
-        """Copies a slot, with ``length`` rows of its cache, over another."""
-        self.cache.move(source, destination, length=length)
+    def reset(self, slot: int, *, sequence: int) -> None:
+        """Empties a slot for a new sequence."""
+        self.state.reset(slot, sequence=sequence)
+        self.cache.clear(slot)
+
+    def move(self, source: int, destination: int) -> None:
+        """Copies a slot, with its cache, over another."""
+        self.cache.move(source, destination)
         self.state.move(source, destination)
 
-    def swap(self, first: int, second: int, *, length: int) -> None:
-        """Exchanges two slots, with ``length`` rows of their caches."""
-        self.cache.swap(first, second, length=length)
+    def swap(self, first: int, second: int) -> None:
+        """Exchanges two slots, with their caches."""
+        self.cache.swap(first, second)
         self.state.swap(first, second)
 
     def _propose(self, slots: slice, state: SlotState, size: Tensor, shape: StepShape) -> "_Window":

@@ -13,7 +13,7 @@ from mara_fast.config import DecodingConfig
 from mara_fast.decoder import Decoder, ScoredWindow
 from mara_fast.language_model import AttentionPath, FrozenLM
 from mara_fast.loading import AgentLike, ModelLike, load_agent, load_model, load_tokenizer
-from mara_fast.memory import Pool, free_memory, num_ahead, plan_pools
+from mara_fast.memory import Pool, free_memory, plan_pools
 from mara_fast.mixture import AgentMixture, check_dials, dialed
 from mara_fast.options import check, is_number
 from mara_fast.outputs import DecodingStats, Generation, TokenEvent
@@ -324,7 +324,7 @@ class Engine:
             scratch=self._scratch(config, min(self.max_batch_size, len(lengths)), max(lengths)),
             row_bytes=self.lm.row_bytes,
             budget=budget,
-            num_ahead=num_ahead(lengths, self.max_batch_size),
+            prompt_lengths=lengths,
         )
 
     def _scratch(self, config: DecodingConfig, num_slots: int, longest_prompt: int) -> int:
@@ -352,17 +352,17 @@ class Engine:
         with self._idle_lock:
             decoder, self._idle = self._idle, None
         cache = None if decoder is None else decoder.cache
-        num_slots = pool.num_slots + pool.num_ahead
+        # Reading ahead is worth no new cache, nor its graphs.
         if (
             cache is None
-            or cache.num_slots < num_slots
+            or cache.num_slots < pool.num_slots
             or cache.max_length < pool.max_length
             or cache.scratch < scratch
         ):
             # The old one's memory is free before the new one is allocated.
             decoder = cache = None
             cache = SlotCache(
-                num_slots=num_slots,
+                num_slots=pool.num_slots + pool.num_ahead,
                 max_length=pool.max_length,
                 scratch=scratch,
                 kinds=self.lm.row_kinds,
@@ -379,7 +379,7 @@ class Engine:
                 agent,
                 config,
                 num_slots=cache.num_slots,
-                shapes=self._shapes(config, pool.num_slots),
+                shapes=self._shapes(config, min(cache.num_slots, self.max_batch_size)),
                 eos_ids=self.eos_ids(config),
                 host_reads=host_reads,
                 cache=cache,

@@ -3,7 +3,8 @@
     pool = slots of one length, as many as fit the memory       long prompts, few slots
     the next pool takes its place when it is done               short ones, many
 
-Only the prompts that are being decoded have keys and values; those that wait have none.
+Only the prompts that are being decoded have keys and values, and a few short ones that are read
+ahead of their turn; those that wait have none.
 """
 
 import os
@@ -62,19 +63,6 @@ _ROWS_WORTH_A_FORWARD = 256
 """Of prompts: fewer take as long on a GPU, and per row much longer on a CPU."""
 
 
-def num_ahead(prompt_lengths: Sequence[int], max_slots: int) -> int:
-    """How many short prompts to read with the one that there is a place for.
-
-    Args:
-        prompt_lengths: tokens of each prompt.
-        max_slots: sequences decoded at once.
-    """
-    if not sum(prompt_lengths):
-        return 0
-    together = _ROWS_WORTH_A_FORWARD * len(prompt_lengths) // sum(prompt_lengths)
-    return max(0, min(together - 1, max_slots // 2))
-
-
 def plan_pools(
     lengths: Sequence[int],
     *,
@@ -82,7 +70,7 @@ def plan_pools(
     scratch: int,
     row_bytes: int,
     budget: int,
-    num_ahead: int = 0,
+    prompt_lengths: Sequence[int] | None = None,
 ) -> list[Pool]:
     """Pools for sequences, those of short ones first.
 
@@ -95,7 +83,8 @@ def plan_pools(
         scratch: rows of a slot beyond its length.
         row_bytes: keys and values of a position, all layers.
         budget: bytes of a pool; at least a slot of the longest has to fit.
-        num_ahead: prompts to be read ahead, where memory is left for them.
+        prompt_lengths: tokens of their prompts, of which short ones are read ahead where memory is
+            left; None: none are.
 
     Raises:
         PromptError: not even one slot of its length fits, with the numbers.
@@ -119,13 +108,30 @@ def plan_pools(
             members = [place for place in waiting if 2 * rounded(lengths[place]) > longest]
             waiting = waiting[len(members) :]
         num_slots = min(max_slots, fitting, len(members))
-        spare = min(fitting, len(members)) - num_slots
+        num_ahead = min(fitting, len(members)) - num_slots
+        if prompt_lengths is None:
+            num_ahead = 0
+        else:
+            prompts = [prompt_lengths[place] for place in members]
+            num_ahead = min(num_ahead, worth_reading_ahead(prompts, num_slots))
         pools.append(
             Pool(
                 members=sorted(members),
                 num_slots=num_slots,
                 max_length=longest,
-                num_ahead=min(num_ahead, spare),
+                num_ahead=num_ahead,
             )
         )
     return pools[::-1]
+
+
+def worth_reading_ahead(prompt_lengths: Sequence[int], num_slots: int) -> int:
+    """How many prompts to read with the one that there is a place for: as many as fill a forward,
+    and no more than half of those that decode.
+
+    Args:
+        prompt_lengths: tokens of each prompt.
+        num_slots: sequences decoded at once.
+    """
+    together = _ROWS_WORTH_A_FORWARD * len(prompt_lengths) // max(1, sum(prompt_lengths))
+    return max(0, min(together - 1, num_slots // 2))

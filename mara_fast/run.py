@@ -30,7 +30,7 @@ from mara_fast.config import DecodingConfig
 from mara_fast.decoder import Decoder, ScoredWindow
 from mara_fast.memory import Pool
 from mara_fast.outputs import DecodingStats, Generation
-from mara_fast.slot_state import BAD_LOGITS, RUNNING, SlotState
+from mara_fast.slot_state import RUNNING, SlotState
 from mara_fast.transfer import HostCopy, to_device
 
 if TYPE_CHECKING:
@@ -56,8 +56,6 @@ class Request:
     sequence: int
     slot: int = -1
     num_prefilled: int = 0
-    num_steps: int = 0
-    """Steps taken part in; each commits one position at most."""
     records: list[list[int]] = field(default_factory=list)
     """Of the tokens the host has seen, if it looks: rows of :attr:`SlotState.record`."""
     record_floats: list[list[float]] = field(default_factory=list)
@@ -168,8 +166,6 @@ class Run:
             self._promote(decoder)
         if self._decoding:
             decoder.run_step(len(self._decoding), most=self._pool.num_slots)
-            for request in self._decoding:
-                request.num_steps += 1
             self._snapshots.append(self._snapshot(decoder.state))
         num_late = 0 if decoder.host_reads or not self._decoding else 1
         while len(self._snapshots) > num_late:
@@ -187,11 +183,11 @@ class Run:
     def _admit(self, decoder: Decoder) -> None:
         if len(self._decoding) + len(self._waiting) >= self._pool.num_slots:
             return
-        room = self._pool.num_slots + self._pool.num_ahead
+        room = min(self._pool.num_slots + self._pool.num_ahead, decoder.num_slots)
         while self._queue and len(self._decoding) + len(self._waiting) < room:
             request = self._queue.popleft()
             request.slot = len(self._decoding) + len(self._waiting)
-            decoder.state.reset(request.slot, sequence=request.sequence)
+            decoder.reset(request.slot, sequence=request.sequence)
             request.started = time.perf_counter()
             self._waiting.append(request)
 
@@ -224,8 +220,7 @@ class Run:
         """Exchanges two that wait."""
         if first is second:
             return
-        length = max(first.num_prefilled, second.num_prefilled)
-        decoder.swap(first.slot, second.slot, length=length)
+        decoder.swap(first.slot, second.slot)
         offset = self._waiting[0].slot
         first.slot, second.slot = second.slot, first.slot
         self._waiting[first.slot - offset] = first
@@ -266,7 +261,7 @@ class Run:
                 request.record_floats += recent[1][slot][_RECENT - num_new :]
                 stopped_after = self._stop(request)
             if done[slot] != RUNNING or stopped_after is not None:
-                self._take_out(request, stopped_after, decoder, is_bad=done[slot] >= BAD_LOGITS)
+                self._take_out(request, stopped_after, decoder)
 
     def _stop(self, request: Request) -> int | None:
         if not self.config.stop_strings:
@@ -281,15 +276,11 @@ class Run:
         request.num_checked = len(ids)
         return num_tokens
 
-    def _take_out(
-        self, request: Request, stopped_after: int | None, decoder: Decoder, *, is_bad: bool
-    ) -> None:
+    def _take_out(self, request: Request, stopped_after: int | None, decoder: Decoder) -> None:
         state = decoder.state.narrowed(slice(request.slot, request.slot + 1))
         copies = {name: HostCopy(tensor) for name, tensor in state.tensors().items()}
         self._leaving.append(_Leaving(request=request, stopped_after=stopped_after, state=copies))
         request.has_left = True
-        if is_bad:
-            decoder.cache.clear(request.slot)
         # The last decoding slot takes the free one's place, and the last waiting one its.
         free, last = request.slot, self._decoding[-1]
         self._decoding[free] = last
@@ -305,9 +296,7 @@ class Run:
         """Moves a request to a free slot; returns the slot that is free now."""
         free, request.slot = request.slot, slot
         if free != slot:
-            # One more row: the best candidate so far lies behind the prefix.
-            length = request.num_prefilled + request.num_steps + 1
-            decoder.move(free, slot, length=length)
+            decoder.move(free, slot)
         return free
 
     def _arrived(self) -> list[tuple[int, Generation]]:

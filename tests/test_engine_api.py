@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import random
 from functools import cache
 from typing import Any
 
@@ -324,6 +325,36 @@ def test_nan_logits_end_their_sequence_only() -> None:
     # And nothing of it is left behind.
     again = poisoned().generate([[3, 4], [5, 6]], max_new_tokens=3, top_k=3, eos_token_id=())
     assert same(again[0], results[0]) and same(again[1], results[2])
+
+
+@pytest.mark.parametrize("host_reads", [True, False])
+@pytest.mark.parametrize("chunk", [3, 512])
+def test_nan_stays_with_its_prompt(
+    chunk: int, host_reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever prompts move meanwhile, those that wait and the next run's included."""
+    model, rng = poisoned().lm.model, random.Random(chunk)
+
+    def prompt(length: int, *, is_bad: bool) -> list[int]:
+        ids = [rng.randrange(10, VOCAB_SIZE) for _ in range(length)]
+        if is_bad:
+            ids[rng.randrange(length)] = 9
+        return ids
+
+    options = {"max_new_tokens": 4, "top_k": 5, "eos_token_id": (3, 4, 5, 6, 7), "window": 1}
+    alone = Engine(model, speaker.agent(), False, max_batch_size=1)
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: host_reads)
+    for max_batch_size in (2, 3, 4, 6):
+        engine = Engine(
+            model, speaker.agent(), False, max_batch_size=max_batch_size, prefill_chunk=chunk
+        )
+        for bad_share in (0.4, 0.4, 0.0):
+            bad = [rng.random() < bad_share for _ in range(3 * max_batch_size)]
+            prompts = [prompt(rng.choice((1, 2, 4, 8, 20)), is_bad=one) for one in bad]
+            results = engine.generate(prompts, **options)
+            for ids, is_bad, result in zip(prompts, bad, results, strict=True):
+                if not is_bad:
+                    assert same(result, alone.generate([ids], **options)[0])
 
 
 def test_nan_logits_in_a_stream() -> None:

@@ -1,6 +1,7 @@
 """The linear layers of a model that the engine runs, and of nobody else."""
 
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,57 @@ def test_only_within_and_only_this_thread(monkeypatch: pytest.MonkeyPatch) -> No
     assert F.linear is torchs
     layer(input)
     assert len(seen) == 1
+
+
+def test_an_engine_within_a_forward_of_another() -> None:
+    """A hook in the head that asks another engine, say."""
+    model, inner = ARCHITECTURES["llama"](), Engine(ARCHITECTURES["gemma2"](), False)
+    answers = []
+
+    def ask(*_: object) -> None:
+        if not answers:
+            answers.append(None)
+            answers.append(inner.generate([[3, 4]], max_new_tokens=2, ignore_eos=True))
+
+    engine = Engine(model, random_agent(48), max_batch_size=2)
+    hook = model.lm_head.register_forward_hook(ask)
+    worker = threading.Thread(
+        target=lambda: answers.append(engine.generate([[3, 4, 5]], max_new_tokens=2)), daemon=True
+    )
+    worker.start()
+    worker.join(60)
+    hook.remove()
+    assert not worker.is_alive() and len(answers) == 3
+
+
+def test_another_thread_compiles_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which function is looked up is part of what a compiler guards on."""
+    monkeypatch.setattr(mara_fast.linear_layers, "has_onednn", lambda: True)
+    model = ARCHITECTURES["llama"]()
+    engine = Engine(model, random_agent(48), compile="eager")
+    step = engine.lm._compiled_step
+
+    def beside_another(inputs: dict[str, Any]) -> Tensor:
+        entered, leave = threading.Event(), threading.Event()
+
+        def other() -> None:
+            with fast_linear():
+                entered.set()
+                leave.wait(60)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        entered.wait(60)
+        try:
+            return step(inputs)
+        finally:
+            leave.set()
+            thread.join()
+
+    prompts = [random_prompt(model, 4, seed=0)]
+    for compiled_step in (step, beside_another, step):
+        monkeypatch.setattr(engine.lm, "_compiled_step", compiled_step)
+        check_exact(engine, prompts, max_new_tokens=5, window=2, ignore_eos=True)
 
 
 @pytest.mark.skipif(not products.has_onednn(), reason="needs torch with MKL and oneDNN")

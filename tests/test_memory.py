@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 
+import mara_fast.cache
 import mara_fast.engine
 from architectures import ARCHITECTURES, random_prompt
 from exactness import check_exact, random_agent
 from mara_fast import Engine
 from mara_fast.cache import RowKind, SlotCache
 from mara_fast.decoder import Decoder
-from mara_fast.memory import free_memory, num_ahead, plan_pools, slot_bytes
+from mara_fast.memory import free_memory, plan_pools, slot_bytes, worth_reading_ahead
 from mara_fast.prompts import PromptError
 
 LENGTHS = (3, 90, 7, 200, 12, 5, 30, 150, 2)
@@ -58,7 +59,7 @@ def test_rows_of_a_kind_lie_together() -> None:
     for cache in (told, untold):
         # Slot 0 nothing, 1 and 2 their second new row; then 2 takes 0's place.
         cache.commit(torch.tensor([[5], [6], [6]]), torch.tensor([[7], [2], [0]]))
-        cache.move(2, 0, length=3)
+        cache.move(2, 0)
         cache.clear(1)
         for index, buffer in enumerate(buffers(cache)):
             assert (buffer[0, :, 0] == index).all() and not buffer[1].any()
@@ -71,18 +72,26 @@ def test_rows_of_a_kind_lie_together() -> None:
 )
 def test_how_many_are_read_ahead(lengths: list[int], slots: int, expected: int) -> None:
     """As many as fill a forward, half as many as decode at most."""
-    assert num_ahead(lengths, slots) == expected
+    assert worth_reading_ahead(lengths, slots) == expected
 
 
 def test_ahead_is_what_memory_and_prompts_are_left_for() -> None:
-    options = {"max_slots": 4, "scratch": 0, "row_bytes": 1, "num_ahead": 3}
+    options: dict[str, Any] = {"max_slots": 6, "scratch": 0, "row_bytes": 1}
 
-    def planned(count: int, slots: int) -> tuple[int, int]:
-        [pool] = plan_pools([60] * count, budget=slots * 65, **options)
+    def planned(count: int, slots: int, prompt: int = 50) -> tuple[int, int]:
+        lengths = [60] * count
+        [pool] = plan_pools(lengths, budget=slots * 65, prompt_lengths=[prompt] * count, **options)
         return pool.num_slots, pool.num_ahead
 
-    assert planned(9, 9) == (4, 3) and planned(9, 6) == (4, 2) and planned(9, 4) == (4, 0)
-    assert planned(5, 9) == (4, 1) and planned(4, 9) == (4, 0) and planned(9, 2) == (2, 0)
+    assert planned(11, 11) == (6, 3) and planned(11, 8) == (6, 2) and planned(11, 6) == (6, 0)
+    assert planned(7, 11) == (6, 1) and planned(6, 11) == (6, 0) and planned(11, 2) == (2, 0)
+    assert planned(11, 11, prompt=60) == (6, 3) and planned(11, 11, prompt=130) == (6, 0)
+    # By pool: long prompts are read alone, and the short ones of another pool together.
+    lengths, prompts = [2000] * 3 + [60] * 9, [1900] * 3 + [40] * 9
+    pools = plan_pools(lengths, budget=2 * 2049, prompt_lengths=prompts, **options)
+    assert [(pool.num_slots, pool.num_ahead) for pool in pools] == [(6, 3), (2, 0)]
+    [pool] = plan_pools([60] * 11, budget=11 * 65, **options)
+    assert pool.num_ahead == 0
 
 
 def test_short_prompts_are_read_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +122,42 @@ def test_reading_ahead_in_chunks(engine: Engine) -> None:
     prompts = [random_prompt(engine.lm.model, length, seed=length) for length in lengths]
     engine.prefill_chunk = 6
     check_exact(engine, prompts, max_new_tokens=7, window=2, eos_token_id=tuple(range(3, 70)))
+
+
+@pytest.mark.parametrize("name", ["_MOST_COPY_BYTES", "_MOST_STACK_BYTES"])
+def test_copies_and_stacks_are_bounded(
+    name: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt's rows of all layers are gigabytes: they move in parts, with the same result."""
+    monkeypatch.setattr(mara_fast.cache, name, 1)
+    split: list[int] = []
+    original = mara_fast.cache._Memory.parts
+
+    def parts(memory: Any, num_rows: int) -> Any:
+        for part in original(memory, num_rows):
+            split.append(len(part))
+            yield part
+
+    monkeypatch.setattr(mara_fast.cache._Memory, "parts", parts)
+    prompts = [random_prompt(engine.lm.model, 3 + index % 5, seed=index) for index in range(7)]
+    check_exact(engine, prompts, max_new_tokens=5, window=2, eos_token_id=tuple(range(3, 60)))
+    assert split and set(split) == {1}
+
+
+def test_reading_ahead_makes_no_new_cache(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of short and of long prompts in turn: a cache for the longer ones serves both."""
+    made: list[SlotCache] = []
+    original = mara_fast.engine.SlotCache
+
+    def count(**options: Any) -> SlotCache:
+        made.append(original(**options))
+        return made[-1]
+
+    monkeypatch.setattr(mara_fast.engine, "SlotCache", count)
+    for length in (4, 90, 4, 90, 4):
+        prompts = [random_prompt(engine.lm.model, length, seed=index) for index in range(9)]
+        check_exact(engine, prompts, max_new_tokens=2, eos_token_id=())
+    assert len(made) == 2
 
 
 def buffers(cache: SlotCache) -> list[torch.Tensor]:

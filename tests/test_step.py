@@ -302,7 +302,7 @@ def test_all_tensors_are_where_the_model_is(
     with torch.inference_mode():
         decoder.prefill(slice(0, 4), ids, whole, whole > 0)
         decoder.step(4)
-        decoder.move(3, 0, length=5)
-        decoder.swap(1, 2, length=5)
+        decoder.move(3, 0)
+        decoder.swap(1, 2)
         decoder.step(4)
     assert all(tensor.is_meta for tensor in decoder.state.tensors().values())

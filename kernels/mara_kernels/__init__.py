@@ -2,5 +2,6 @@
 
 Four operations, each a folder with its definition in torch: :mod:`truncate` (logits to an ordered
 candidate set), :mod:`score` (hidden states to accept logits), :mod:`cascade` (accept logits to a
-decision) and :mod:`attention` (candidate rows over a shared prefix). They know tensors only.
+decision) and :mod:`attention` (candidate rows over a shared prefix). They know tensors only. On a
+CPU, :mod:`linear` is what large layers multiply with.
 """

@@ -16,6 +16,9 @@ from torch.nn import functional as F
 _LEAST_WEIGHTS = 2**18
 """Below, what a call costs decides, and oneDNN's costs more."""
 
+_PLAIN = (Tensor, nn.Parameter)
+"""Subclasses of these have a linear of their own."""
+
 _torch_linear = F.linear
 
 
@@ -30,7 +33,8 @@ def has_onednn() -> bool:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """:func:`torch.nn.functional.linear`, equal to it but for rounding.
+    """:func:`torch.nn.functional.linear`, equal to it but for rounding. What needs a gradient, is
+    under autocast, small, or of another dtype, device or layout is torch's.
 
     Args:
         input: [..., K].
@@ -42,7 +46,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if (
         has_onednn()
-        and type(weight) in (Tensor, nn.Parameter)
+        and type(weight) in _PLAIN
+        and type(input) in _PLAIN
         and weight.dtype == input.dtype == torch.float32
         and weight.device.type == input.device.type == "cpu"
         and weight.numel() >= _LEAST_WEIGHTS
@@ -50,8 +55,20 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         and input.shape[-1] == weight.shape[1]
         and input.numel()
         and weight.is_contiguous()
-        and (bias is None or (bias.dtype == weight.dtype and bias.is_contiguous()))
+        and (bias is None or _fits(bias, weight))
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._get_mkldnn_enabled()
     ):
         return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return _torch_linear(input, weight, bias)
+
+
+def _fits(bias: Tensor, weight: Tensor) -> bool:
+    return (
+        type(bias) in _PLAIN
+        and bias.shape == weight.shape[:1]
+        and bias.dtype == weight.dtype
+        and bias.device == weight.device
+        and bias.is_contiguous()
+    )

@@ -75,10 +75,10 @@ def bench(
     input_len: Annotated[int, typer.Option(min=1, help="Tokens of a random prompt.")] = 64,
     output_len: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = 48,
     num_prompts: Annotated[
-        int | None, typer.Option(min=1, help="For each batch size; without it some per slot.")
+        int | None, typer.Option(min=1, help="For each batch size; without it --prompts-per-slot.")
     ] = None,
     prompts_per_slot: Annotated[
-        int, typer.Option(min=1, help="So many; answers end at different steps.")
+        int, typer.Option(min=1, help="Prompts of a batch size, by slot.")
     ] = 8,
     num_serial_prompts: Annotated[
         int, typer.Option(min=1, help="Of them for the authors' cascade, which takes its time.")

@@ -15,6 +15,7 @@ from mara_fast.agent import MaraAgent
 from mara_fast.bench.systems import Decode
 from mara_fast.cache import SlotCache
 from mara_fast.language_model import FrozenLM
+from mara_fast.memory import free_memory
 
 _ROOFLINE = {"cuda": (2**32, 8192), "cpu": (2**28, 1024)}
 """Bytes read and side of the square multiplied, by device. A GPU's are large enough that waiting
@@ -122,6 +123,8 @@ def roofline(model: PreTrainedModel, *, context: float, batch_size: int) -> dict
     """
     device, dtype = model.device, model.dtype
     num_bytes, size = _ROOFLINE.get(device.type, _ROOFLINE["cpu"])
+    # A copy takes as much again; models and caches stay where they are.
+    num_bytes = min(num_bytes, free_memory(device) // 4)
     bytes_per_s = _bandwidth(num_bytes, dtype, device)
     # Random: multiplying ones takes less power, for which a GPU's clock rises.
     square = torch.rand(size, size, dtype=dtype, device=device)

@@ -81,6 +81,16 @@ def test_what_is_left_to_torch(calls: list[Tensor]) -> None:
     for case in cases:
         torch.testing.assert_close(linear(*case), F.linear(*case))
     assert len(calls) == len(cases)
+    for other in (bias[:1], bias[None], torch.tensor(2.0)):
+        torch.testing.assert_close(linear(input, weight, other), F.linear(input, weight, other))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(input, weight).dtype == torch.bfloat16
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        linear(input, weight)
+    finally:
+        torch._C._set_mkldnn_enabled(True)
+    assert len(calls) == len(cases) + 5
     with pytest.raises(RuntimeError):
         linear(input[:, :-1], weight)
 
