@@ -24,7 +24,7 @@ from mara_fast.evaluation.datasets import Dataset
 from mara_fast.evaluation.fingerprint import Fingerprints
 from mara_fast.evaluation.judge import JudgeSpec
 from mara_fast.jsonl import PromptRecord, ResultFile, read_results
-from mara_fast.loading import choose_device, choose_dtype
+from mara_fast.loading import choose_device, choose_dtype, named
 from mara_fast.prompts import is_chat
 from mara_fast.rewards import RewardModel, Rewards
 from mara_fast.rewards.functions import call_functions, function_name
@@ -46,10 +46,12 @@ class Judge:
     Raises:
         ValueError: a reward or verdict that is none, names that occur twice, a device or dtype
             that is not known.
-        FileNotFoundError: no such folder.
+        OSError: no such folder or hub id.
     """
 
     def __init__(self, spec: JudgeSpec, fingerprints: Fingerprints) -> None:
+        from transformers.utils import cached_file
+
         self.spec, self._fingerprints = spec, fingerprints
         self._sources = [_loaded(source) for source in spec.rewards]
         self._verdict = None if spec.verdict is None else _loaded(spec.verdict)
@@ -59,6 +61,9 @@ class Judge:
         for path in self._paths:
             if os.path.exists(path) and not os.path.isfile(os.path.join(path, "config.json")):
                 raise ValueError(f"judge.rewards: {path!r} is not the folder of a model")
+            with named("reward", path):
+                # Of a hub id, too: found missing here and not when all is answered.
+                cached_file(path, "config.json")
         self._dtype = self._placing()
         # What can be wrong with rewards that are loaded already is said now.
         ready = [source for source in self._sources if not isinstance(source, str)]

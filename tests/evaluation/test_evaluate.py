@@ -392,6 +392,7 @@ def stopped() -> Any:
         ({"judge": {"rewards": [__file__]}}, ValueError, "names no function"),
         ({"judge": {"rewards": [str(tiny.AGENT_PATH.parent)]}}, ValueError, "not the folder of a"),
         ({"judge": {"rewards": ["./none"]}}, FileNotFoundError, "no such folder"),
+        ({"judge": {"rewards": ["org/none"]}}, OSError, "reward 'org/none': "),
         (
             {"judge": {"rewards": ["tiny/reward"], "device": "gpu"}},
             ValueError,
