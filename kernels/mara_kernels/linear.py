@@ -45,7 +45,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         [..., N], in the dtype of the input.
     """
     if (
-        has_onednn()
+        # A compiler makes its own choice, and traces none of these questions.
+        not torch.compiler.is_compiling()
+        and has_onednn()
         and type(weight) in _PLAIN
         and type(input) in _PLAIN
         and weight.dtype == input.dtype == torch.float32
