@@ -15,6 +15,7 @@ Exits with 1 if a stage failed. What there was no time for is said, and is no fa
 
 import argparse
 import json
+import math
 import os
 import shlex
 import signal
@@ -42,14 +43,33 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     description = __doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=description)
-    parser.add_argument("--budget", type=float, default=480, help="seconds for all stages")
+    parser.add_argument("--budget", type=_seconds, default=480, help="seconds for all stages")
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--list", action="store_true", help="name the stages and leave")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the report")
     parser.add_argument("--last", type=Path, default=RESULTS, help="folder of the last report")
-    parser.add_argument("--workers", type=int, help="processes of pytest")
+    parser.add_argument("--workers", type=_count, help="processes of pytest")
     parser.add_argument("--commit", help="default: what git says; for copies without .git")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    # Said now, not when the first stage is done and its results have no place.
+    taken = next(one for one in (options.output, *options.output.parents) if one.exists())
+    if not taken.is_dir():
+        parser.error(f"argument --output: {taken} is a file, expected a folder")
+    return options
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: seconds above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: an integer >= 1")
+    return value
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -9,7 +9,6 @@ from benchmarks.gpu.stage import Outcome
 
 LEAST_NOISE = 0.05
 """Two runs of the same code differ by so much, however steady each of them is."""
-FAILED = ("failed",)
 
 
 class Comparison(NamedTuple):

@@ -472,3 +472,22 @@ def test_the_command_as_it_is(tmp_path: Path) -> None:
     assert command.main(["--output", str(tmp_path), "--stages", *names]) == 0
     (path,) = tmp_path.glob("*.json")
     assert [one["name"] for one in json.loads(path.read_text())["stages"]] == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--budget", "0"), "0 is not allowed; allowed: seconds above 0"),
+        (("--budget", "nan"), "nan is not allowed; allowed: seconds above 0"),
+        (("--budget", "abc"), "abc"),
+        (("--workers", "0"), "0 is not allowed; allowed: an integer >= 1"),
+        (("--output", __file__), "is a file, expected a folder"),
+        (("--output", f"{__file__}/below"), "is a file, expected a folder"),
+    ],
+)
+def test_bad_options_are_named_before_work(
+    arguments: tuple[str, str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.parse(arguments)
+    assert message in capsys.readouterr().err
