@@ -6,16 +6,17 @@
 
 Run from the repository. Every stage is a process of its own; whatever becomes of one, the others
 run, and the files are written anew after each: ``gpu_<device>.json``, ``.txt`` (the table) and
-``.log`` (all that the stages printed). Without a GPU the same stages are rehearsed on the CPU: the
-kernels interpreted and compiled ahead of time, everything else with small sizes; its figures say
-nothing.
+``.log`` (all that the stages printed). What the last report has of stages that do not run stays in
+the JSON: a short lease can be spent on some of them, the next on others.
+
+Without a GPU the same stages are rehearsed on the CPU: the kernels interpreted and compiled ahead
+of time, everything else with small sizes; its figures say nothing.
 
 Exits with 1 if a stage failed. What there was no time for is said, and is no failure.
 """
 
 import argparse
 import json
-import math
 import os
 import shlex
 import signal
@@ -32,6 +33,7 @@ from benchmarks.gpu.finding import write_json
 from benchmarks.gpu.plan import num_jobs, stages_for
 from benchmarks.gpu.runner import Runner
 from benchmarks.gpu.stage import Outcome, Stage
+from mara_fast.options import check, is_int, is_number
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -43,14 +45,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     description = __doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=description)
-    parser.add_argument("--budget", type=_seconds, default=480, help="seconds for all stages")
+    parser.add_argument("--budget", type=float, default=480, help="seconds for all stages")
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--list", action="store_true", help="name the stages and leave")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the report")
     parser.add_argument("--last", type=Path, default=RESULTS, help="folder of the last report")
-    parser.add_argument("--workers", type=_count, help="processes of pytest")
+    parser.add_argument("--workers", type=int, help="processes of pytest")
     parser.add_argument("--commit", help="default: what git says; for copies without .git")
     options = parser.parse_args(arguments)
+    try:
+        check("--budget", options.budget, is_number, "seconds above 0", above=0)
+        if options.workers is not None:
+            check("--workers", options.workers, is_int, "an integer >= 1", minimum=1)
+    except ValueError as error:
+        parser.error(str(error))
     # Said now, not when the first stage is done and its results have no place.
     taken = next(one for one in (options.output, *options.output.parents) if one.exists())
     if not taken.is_dir():
@@ -58,26 +66,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: seconds above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: an integer >= 1")
-    return value
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
     started = time.monotonic()
     options = parse(arguments)
-    # Ends what runs, too.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    signal.signal(signal.SIGTERM, leave)
     with tempfile.TemporaryDirectory(prefix="mara-gpu-") as folder:
         environment = environment_for(Path(folder))
         machine = look(environment)
@@ -109,6 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(outcome.status == "failed" for outcome in run.outcomes))
 
 
+def leave(*_: Any) -> None:
+    """When asked to end: ends what runs, too."""
+    # Asked again, as by a shell and by make, it would leave the rest running.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(1)
+
+
 class Report:
     """The files of a run, written anew after every stage."""
 
@@ -128,7 +128,9 @@ class Report:
         print(report.stage_line(outcome), flush=True)
         command = shlex.join(["python", "-m", "benchmarks.gpu", *sys.argv[1:]])
         seconds = time.monotonic() - self.started
-        document = report.document(self.machine, self.outcomes, command=command, seconds=seconds)
+        document = report.document(
+            self.machine, self.outcomes, self.last, command=command, seconds=seconds
+        )
         comparisons = report.compare(report.figures_of(self.outcomes), self.last)
         document["compared"] = [one._asdict() for one in comparisons if one.verdict]
         self.text = report.table(document, self.outcomes, comparisons, self.last)

@@ -108,6 +108,7 @@ def _gpu_measurements() -> list[Stage]:
         _decoding("llama-3.2-1b", "1,64", 60, 120),
         _decoding("llama-3.2-3b", "1,64", 80, 140),
         _decoding("llama-3.2-1b", "1", 100, 180, systems="1,2,4", name="decode compiled 1b"),
+        _configs(200, 320, "--seconds", "170"),
     ]
 
 
@@ -148,6 +149,7 @@ def _rehearsal(machine: Mapping[str, Any], workers: int) -> list[Stage]:
             is_timed=True,
         ),
         _pytest("interpreted", machine, workers, tests, 150, 400),
+        _configs(40, 200, "--compile", machine["architecture"], "--operation", "truncate"),
         _compiled(machine, estimate_s=120, cap_s=400),
     ]
 
@@ -206,6 +208,17 @@ def _kernel_speed(operation: str, estimate_s: float, cap_s: float) -> Stage:
             *("--operation", operation, "--quick", "--output", OUTPUT),
         ),
         read=readers.kernel_speed,
+        estimate_s=estimate_s,
+        cap_s=cap_s,
+        is_timed=True,
+    )
+
+
+def _configs(estimate_s: float, cap_s: float, *options: str) -> Stage:
+    return Stage(
+        name="configs",
+        command=(*_script("kernel_configs.py"), *options, "--output", OUTPUT),
+        read=readers.configurations,
         estimate_s=estimate_s,
         cap_s=cap_s,
         is_timed=True,

@@ -76,6 +76,26 @@ def kernel_speed(values: Any, log: str) -> Finding:
     return finding
 
 
+def configurations(values: Any, log: str) -> Finding:
+    """Of ``kernel_configs.py``: which launch configurations are faster than the tables'."""
+    finding = Finding(details=values, problems=list(values.get("problems", ())))
+    better = [row for row in values["rows"] if row["best"] != row["shipped"]]
+    num_tried = sum(len(row["tried"]) for row in values["rows"])
+    finding.notes.append(
+        f"{num_tried} configurations beside {len(values['rows'])} of the tables; "
+        f"{len(better)} entries can be better"
+    )
+    for row in better:
+        changes = ", ".join(
+            f"{name} {row['shipped'][name]} -> {value}"
+            for name, value in row["best"].items()
+            if row["shipped"][name] != value
+        )
+        finding.notes.append(f"{row['entry']}: {row['ratio']:.2f} of the time with {changes}")
+    finding.notes += [f"{name}: no time" for name in values.get("left_out", ())]
+    return finding
+
+
 def decoding(values: Any, log: str) -> Finding:
     """Of ``mara-fast bench``: tokens per second of every system, and the ratios."""
     finding = Finding(details=values)

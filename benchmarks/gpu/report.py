@@ -32,16 +32,39 @@ def file_stem(machine: Mapping[str, Any]) -> str:
 
 
 def document(
-    machine: Mapping[str, Any], outcomes: Sequence[Outcome], *, command: str, seconds: float
+    machine: Mapping[str, Any],
+    outcomes: Sequence[Outcome],
+    last: Mapping[str, Any] | None,
+    *,
+    command: str,
+    seconds: float,
 ) -> dict[str, Any]:
-    """All there is, for JSON."""
+    """All there is, for JSON: of stages that did not run now, what the last report has."""
     head = dict(machine["facts"]) | {"command": command, "seconds": round(seconds, 1)}
     rest = {name: machine[name] for name in machine if name not in ("facts", "sanitizer")}
+    origin = {name: head[name] for name in ("date", "commit")}
+    kept = kept_stages(outcomes, last)
+    figures = {
+        name: figure for stage in kept for name, figure in stage["finding"]["figures"].items()
+    }
+    figures |= {name: figure._asdict() for name, figure in figures_of(outcomes).items()}
     return head | {
         "machine": rest,
-        "figures": {name: figure._asdict() for name, figure in figures_of(outcomes).items()},
-        "stages": [outcome.to_dict() for outcome in outcomes],
+        "figures": figures,
+        "stages": [outcome.to_dict() | origin for outcome in outcomes] + kept,
     }
+
+
+def kept_stages(
+    outcomes: Iterable[Outcome], last: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Those of the last report that did not run now, each with its date and commit."""
+    ran = {outcome.name for outcome in outcomes if outcome.status != "left out"}
+    return [
+        stage
+        for stage in (last or {}).get("stages", ())
+        if stage["name"] not in ran and stage["status"] != "left out"
+    ]
 
 
 def figures_of(outcomes: Iterable[Outcome]) -> dict[str, Figure]:
@@ -92,6 +115,13 @@ def table(
         lines = [*outcome.finding.problems, *outcome.finding.notes]
         if lines:
             parts += ["", outcome.name, *(f"  {line}" for line in lines)]
+    kept = kept_stages(outcomes, last)
+    if kept:
+        parts += ["", "did not run now, kept in the JSON:"]
+        parts += [
+            f"  {one['name']:20} {one['status']:10} {one['date']}, commit {one['commit']}"
+            for one in kept
+        ]
     if comparisons:
         parts += ["", *_figures(comparisons, last)]
     worse = [one.name for one in comparisons if one.verdict == "worse"]

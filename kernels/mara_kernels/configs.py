@@ -24,7 +24,7 @@ class TruncateConfig(NamedTuple):
     """Above."""
 
 
-_TRUNCATE = {
+TRUNCATE = {
     "sm_80": TruncateConfig(1, 1, 8, 16),
     "sm_90": TruncateConfig(1, 1, 8, 16),
     "sm_100": TruncateConfig(1, 1, 8, 16),
@@ -34,7 +34,7 @@ _TRUNCATE = {
 
 def truncate_config(architecture: str) -> TruncateConfig:
     """For any vocabulary and batch."""
-    return _TRUNCATE[architecture]
+    return TRUNCATE[architecture]
 
 
 class ScoreConfig(NamedTuple):
@@ -58,7 +58,7 @@ class ScoreConfig(NamedTuple):
 
 # By the largest number of states they serve.
 _FEW = (16, 64, 16, 8, 1)
-_SCORE_HALF = {
+SCORE_HALF = {
     "sm_80": {
         16: ScoreConfig(16, 64, 128, 8, 4, 4, *_FEW),
         32: ScoreConfig(32, 64, 128, 8, 4, 3, *_FEW),
@@ -87,7 +87,7 @@ _SCORE_HALF = {
         None: ScoreConfig(128, 128, 64, 1, 8, 2, 64, 32, 1, 8, 2),
     },
 }
-_SCORE_HALF["sm_100"] = _SCORE_HALF["sm_90"]
+SCORE_HALF["sm_100"] = SCORE_HALF["sm_90"]
 
 # float32 is multiplied without tensor cores, for parity with torch: smaller tiles.
 _SCORE_FLOAT32 = {
@@ -99,7 +99,7 @@ _SCORE_FLOAT32 = {
 
 def score_config(architecture: str, dtype: torch.dtype, num_states: int) -> ScoreConfig:
     """For any hidden size."""
-    table = _SCORE_FLOAT32 if dtype == torch.float32 else _SCORE_HALF[architecture]
+    table = _SCORE_FLOAT32 if dtype == torch.float32 else SCORE_HALF[architecture]
     return next(c for most, c in table.items() if most is None or num_states <= most)
 
 
@@ -113,12 +113,14 @@ class AttentionConfig(NamedTuple):
     num_stages: int
     precision: str = "ieee"
     """Of float32 products."""
+    programs: int = 2
+    """Of a processor, that parts of the prefix shall fill."""
 
 
 _AttentionTable = dict[int, dict[int | None, AttentionConfig]]
 
 # By the largest padded head size, then by the largest M they serve.
-_ATTENTION_HALF: dict[str, _AttentionTable] = {
+ATTENTION_HALF: dict[str, _AttentionTable] = {
     "sm_80": {
         64: {
             16: AttentionConfig(16, 64, 4, 3),
@@ -155,7 +157,7 @@ _ATTENTION_HALF: dict[str, _AttentionTable] = {
         256: {16: AttentionConfig(16, 32, 4, 1), None: AttentionConfig(32, 32, 4, 1)},
     },
 }
-_ATTENTION_HALF["sm_100"] = _ATTENTION_HALF["sm_90"]
+ATTENTION_HALF["sm_100"] = ATTENTION_HALF["sm_90"]
 
 # Three products of tf32 are as good as one of float32, and need far fewer registers.
 _ATTENTION_FLOAT32: _AttentionTable = {
@@ -173,7 +175,7 @@ def attention_config(
 ) -> AttentionConfig:
     """For a head size padded to a power of two, at most 256 (float32: 128), and any M."""
     if dtype != torch.float32:
-        table = _ATTENTION_HALF[architecture]
+        table = ATTENTION_HALF[architecture]
     elif architecture == "gfx942":
         table = _ATTENTION_FLOAT32_CDNA
     else:

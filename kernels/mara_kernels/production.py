@@ -26,34 +26,39 @@ def _meta(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 _SHORT = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
+def truncate_case(
+    num_rows: int,
+    vocab_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    capacity: int = 64,
+    *,
+    top_k: int = 40,
+    temperature: float = 1.0,
+) -> Case:
+    """Truncation of logits [B, V]."""
+    from mara_kernels.truncate.kernel import truncate_triton
+
+    return Case(
+        "truncate",
+        f"B={num_rows} V={vocab_size} C={capacity} {_SHORT[dtype]}",
+        lambda architecture: truncate_triton(
+            _meta(num_rows, vocab_size, dtype=dtype),
+            top_k=top_k,
+            top_p=0.95,
+            temperature=temperature,
+            capacity=capacity,
+            architecture=architecture,
+        ),
+    )
+
+
 def truncate_cases() -> list[Case]:
     """Vocabularies of all sizes, one that is no multiple of anything, the larger capacities, and
     arguments of 1, which Triton compiles as constants."""
-    from mara_kernels.truncate.kernel import MAX_CAPACITY, truncate_triton
-
-    def case(
-        num_rows: int,
-        vocab_size: int,
-        dtype: torch.dtype,
-        capacity: int,
-        top_k: int = 40,
-        temperature: float = 1.0,
-    ) -> Case:
-        return Case(
-            "truncate",
-            f"B={num_rows} V={vocab_size} C={capacity} {_SHORT[dtype]}",
-            lambda architecture: truncate_triton(
-                _meta(num_rows, vocab_size, dtype=dtype),
-                top_k=top_k,
-                top_p=0.95,
-                temperature=temperature,
-                capacity=capacity,
-                architecture=architecture,
-            ),
-        )
+    from mara_kernels.truncate.kernel import MAX_CAPACITY
 
     return [
-        case(num_rows, vocab_size, dtype, capacity)
+        truncate_case(num_rows, vocab_size, dtype, capacity)
         for num_rows, vocab_size, dtype, capacity in (
             (64, 32000, torch.bfloat16, 64),
             (64, 32000, torch.float16, 64),
@@ -67,7 +72,7 @@ def truncate_cases() -> list[Case]:
             (64, 262144, torch.float32, MAX_CAPACITY),
             (64, 128256, torch.float16, MAX_CAPACITY),
         )
-    ] + [case(1, 1, torch.bfloat16, 1, top_k=1, temperature=2)]
+    ] + [truncate_case(1, 1, torch.bfloat16, 1, top_k=1, temperature=2)]
 
 
 def cascade_cases() -> list[Case]:
@@ -108,113 +113,123 @@ def cascade_cases() -> list[Case]:
     return [*usual, case(512, rules[-1])]
 
 
-def score_cases() -> list[Case]:
-    """Every configuration, for hidden sizes of small and large models and one of no good width."""
+def score_case(
+    num_states: int,
+    hidden_size: int,
+    dtype: torch.dtype = torch.bfloat16,
+    inner_size: int = 1024,
+) -> Case:
+    """Scoring of states [N, H]."""
     from mara_kernels.score.fold import FoldedParameters
     from mara_kernels.score.kernel import score_triton
 
-    def case(num_states: int, hidden_size: int, dtype: torch.dtype, inner_size: int) -> Case:
-        outer_size = inner_size // 4
-        parameters = FoldedParameters(
-            weight1=_meta(inner_size, -(-hidden_size // 16) * 16, dtype=dtype),
-            column_sums=_meta(inner_size),
-            bias1=_meta(inner_size),
-            weight2=_meta(outer_size, inner_size, dtype=dtype),
-            bias2=_meta(outer_size),
-            weight3=_meta(outer_size),
-            bias3=_meta(1),
-        )
-        return Case(
-            "score",
-            f"N={num_states} H={hidden_size} {_SHORT[dtype]}",
-            lambda architecture: score_triton(
-                _meta(num_states, hidden_size, dtype=dtype),
-                parameters,
-                norm_eps=1e-5,
-                architecture=architecture,
-            ),
-        )
+    outer_size = inner_size // 4
+    parameters = FoldedParameters(
+        weight1=_meta(inner_size, -(-hidden_size // 16) * 16, dtype=dtype),
+        column_sums=_meta(inner_size),
+        bias1=_meta(inner_size),
+        weight2=_meta(outer_size, inner_size, dtype=dtype),
+        bias2=_meta(outer_size),
+        weight3=_meta(outer_size),
+        bias3=_meta(1),
+    )
+    return Case(
+        "score",
+        f"N={num_states} H={hidden_size} {_SHORT[dtype]}",
+        lambda architecture: score_triton(
+            _meta(num_states, hidden_size, dtype=dtype),
+            parameters,
+            norm_eps=1e-5,
+            architecture=architecture,
+        ),
+    )
 
+
+def score_cases() -> list[Case]:
+    """Every configuration, for hidden sizes of small and large models and one of no good width."""
     sizes = (1, 16, 32, 64, 256, 512, 2048, 4096)
     return [
-        *(case(n, 4096, torch.bfloat16, 1024) for n in sizes),
-        *(case(n, 2048, torch.float16, 1024) for n in sizes),
-        *(case(n, 8192, torch.bfloat16, 1024) for n in sizes),
-        *(case(n, 2048, torch.float32, 1024) for n in (8, 512, 4096)),
-        *(case(n, 2885, torch.bfloat16, 1024) for n in (8, 4096)),
-        case(1, 1, torch.bfloat16, 4),
+        *(score_case(n, 4096) for n in sizes),
+        *(score_case(n, 2048, torch.float16) for n in sizes),
+        *(score_case(n, 8192) for n in sizes),
+        *(score_case(n, 2048, torch.float32) for n in (8, 512, 4096)),
+        *(score_case(n, 2885) for n in (8, 4096)),
+        score_case(1, 1, inner_size=4),
     ]
+
+
+def attention_case(
+    shape: tuple[int, int, int],
+    kind: str,
+    num_rows: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+    num_splits: int = 4,
+) -> Case:
+    """Attention of new rows in eight slots; shape: query heads, key heads, head size."""
+    from mara_kernels.attention.kernel import attention_triton
+    from mara_kernels.attention.rows import NewRows, Tree
+
+    num_heads, num_kv_heads, head_size = shape
+    tree = Tree(
+        kind=kind,  # type: ignore[arg-type]
+        ancestors=_meta(num_rows, num_rows, dtype=torch.bool),
+        depths=_meta(num_rows, dtype=torch.int64),
+        bits=_meta(num_rows, dtype=torch.int64),
+    )
+    rows = NewRows(lengths=_meta(8, dtype=torch.int64), tree=tree, base=4096)
+    buffer = _meta(8, num_kv_heads, 4096 + 512, head_size, dtype=dtype)
+    query = _meta(8, num_rows, num_heads, head_size, dtype=dtype).transpose(1, 2)
+    extras = "".join((" window" * bool(window), " softcap" * bool(softcap), " sinks" * sinks))
+    heads = "/".join(map(str, shape))
+    return Case(
+        "attention",
+        f"{heads} {kind} W={num_rows} {_SHORT[dtype]}{extras}",
+        lambda architecture: attention_triton(
+            query,
+            buffer,
+            buffer,
+            rows,
+            scale=0.1,
+            sliding_window=window,
+            softcap=softcap,
+            sinks=_meta(num_heads, dtype=dtype) if sinks else None,
+            architecture=architecture,
+            num_processors=132,
+            num_splits=num_splits,
+        ),
+    )
 
 
 def attention_cases() -> list[Case]:
     """Every configuration of every head size; windows, chunks and trees; windows and soft-caps."""
-    from mara_kernels.attention.kernel import attention_triton
-    from mara_kernels.attention.rows import NewRows, Tree
-
-    def case(
-        shape: tuple[int, int, int],
-        kind: str,
-        num_rows: int,
-        dtype: torch.dtype = torch.bfloat16,
-        window: int | None = None,
-        softcap: float | None = None,
-        sinks: bool = False,
-        num_splits: int = 4,
-    ) -> Case:
-        num_heads, num_kv_heads, head_size = shape
-        tree = Tree(
-            kind=kind,  # type: ignore[arg-type]
-            ancestors=_meta(num_rows, num_rows, dtype=torch.bool),
-            depths=_meta(num_rows, dtype=torch.int64),
-            bits=_meta(num_rows, dtype=torch.int64),
-        )
-        rows = NewRows(lengths=_meta(8, dtype=torch.int64), tree=tree, base=4096)
-        buffer = _meta(8, num_kv_heads, 4096 + 512, head_size, dtype=dtype)
-        query = _meta(8, num_rows, num_heads, head_size, dtype=dtype).transpose(1, 2)
-        extras = "".join((" window" * bool(window), " softcap" * bool(softcap), " sinks" * sinks))
-        heads = "/".join(map(str, shape))
-        return Case(
-            "attention",
-            f"{heads} {kind} W={num_rows} {_SHORT[dtype]}{extras}",
-            lambda architecture: attention_triton(
-                query,
-                buffer,
-                buffer,
-                rows,
-                scale=0.1,
-                sliding_window=window,
-                softcap=softcap,
-                sinks=_meta(num_heads, dtype=dtype) if sinks else None,
-                architecture=architecture,
-                num_processors=132,
-                num_splits=num_splits,
-            ),
-        )
-
     large, small = (32, 8, 128), (14, 2, 64)
     return [
         *(
-            case(shape, "siblings", num_rows, num_splits=num_splits)
+            attention_case(shape, "siblings", num_rows, num_splits=num_splits)
             for shape in (large, small, (32, 32, 80), (32, 32, 96), (16, 8, 256))
             for num_rows, num_splits in ((1, 1), (8, 4), (40, 4))
         ),
         *(
-            case(shape, "chain", 512, num_splits=1)
+            attention_case(shape, "chain", 512, num_splits=1)
             for shape in (large, small, (32, 32, 80), (32, 32, 96), (16, 8, 256))
         ),
-        case((7, 1, 64), "siblings", 1, num_splits=2),
-        case((1, 1, 64), "tree", 1, num_splits=1),
-        case(large, "tree", 40),
-        case(small, "tree", 16),
-        case((16, 8, 256), "tree", 16),
-        case((16, 8, 256), "siblings", 8, window=4096, softcap=50.0),
-        case((16, 8, 256), "chain", 512, window=4096, softcap=50.0, num_splits=1),
-        case((64, 8, 64), "siblings", 8, window=128, sinks=True),
-        case((64, 8, 64), "siblings", 8, window=128, sinks=True, num_splits=1),
-        case(large, "siblings", 8, torch.float16),
-        case(large, "siblings", 8, torch.float32),
-        case(small, "siblings", 8, torch.float32),
-        case(large, "chain", 512, torch.float32, num_splits=1),
+        attention_case((7, 1, 64), "siblings", 1, num_splits=2),
+        attention_case((1, 1, 64), "tree", 1, num_splits=1),
+        attention_case(large, "tree", 40),
+        attention_case(small, "tree", 16),
+        attention_case((16, 8, 256), "tree", 16),
+        attention_case((16, 8, 256), "siblings", 8, window=4096, softcap=50.0),
+        attention_case((16, 8, 256), "chain", 512, window=4096, softcap=50.0, num_splits=1),
+        attention_case((64, 8, 64), "siblings", 8, window=128, sinks=True),
+        attention_case((64, 8, 64), "siblings", 8, window=128, sinks=True, num_splits=1),
+        attention_case(large, "siblings", 8, torch.float16),
+        attention_case(large, "siblings", 8, torch.float32),
+        attention_case(small, "siblings", 8, torch.float32),
+        attention_case(large, "chain", 512, torch.float32, num_splits=1),
     ]
 
 

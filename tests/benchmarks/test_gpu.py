@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from benchmarks.gpu.options import Options
 from benchmarks.gpu.runner import Runner
 from benchmarks.gpu.stage import OUTPUT, Outcome, Stage, first_error, own
 from mara_fast.self_check import Checked
+
+ROOT = command.ROOT
 
 CPU_MACHINE: dict[str, Any] = {
     "device": "cpu",
@@ -345,6 +348,21 @@ def test_kernel_figures() -> None:
     }
 
 
+def test_configurations_are_read() -> None:
+    shipped = {"block_n": 64, "num_warps": 4}
+    row = {"entry": "score, N 1-16", "shipped": shipped, "best": shipped, "ratio": 1, "tried": [1]}
+    faster = row | {"best": shipped | {"num_warps": 8}, "ratio": 0.871, "tried": [1, 2]}
+    finding = readers.configurations(
+        {"rows": [row, faster], "problems": ["one: as it is: wrong"], "left_out": ["other"]}, ""
+    )
+    assert finding.problems == ["one: as it is: wrong"] and not finding.figures
+    assert finding.notes == [
+        "3 configurations beside 2 of the tables; 1 entries can be better",
+        "score, N 1-16: 0.87 of the time with num_warps 4 -> 8",
+        "other: no time",
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "read", "figure"),
     [
@@ -379,7 +397,7 @@ def test_the_plan(machine: dict[str, Any]) -> None:
     for one_stage in stages:
         assert one_stage.estimate_s < one_stage.cap_s
         scripts = [part for part in one_stage.command if part.endswith(".py")]
-        assert all((command.ROOT / script).is_file() for script in scripts)
+        assert all((ROOT / script).is_file() for script in scripts)
 
 
 def test_bench_commands_are_understood() -> None:
@@ -428,17 +446,43 @@ def test_comparisons() -> None:
 def test_a_report_is_compared_with_the_one_before() -> None:
     outcomes = [outcome("steps", step=Figure(10, "ms")), outcome("memory", "left out")]
     outcomes[1].reason = "no compute-sanitizer"
-    before = report.document(GPU_MACHINE, outcomes, command="c", seconds=5)
+    before = report.document(GPU_MACHINE, outcomes, None, command="c", seconds=5)
     assert report.file_stem(GPU_MACHINE) == "gpu_nvidia_h100_80gb_hbm3"
     outcomes[0] = outcome("steps", step=Figure(12, "ms"))
     document = json.loads(
-        json.dumps(report.document(GPU_MACHINE, outcomes, command="c", seconds=5))
+        json.dumps(report.document(GPU_MACHINE, outcomes, before, command="c", seconds=5))
     )
     comparisons = report.compare(report.figures_of(outcomes), before)
     text = report.table(document, outcomes, comparisons, before)
     assert "memory               left out" in text and "no compute-sanitizer" in text
     assert "1.20  worse" in text and "beyond noise: 1" in text
     assert document["figures"]["step"]["value"] == 12 and document["commit"] == "abc"
+
+
+def test_stages_that_did_not_run_are_kept() -> None:
+    """One part of the stages today, the others tomorrow, of another commit."""
+    some = [outcome("steps", step=Figure(10, "ms")), outcome("memory", "left out")]
+    last = report.document(GPU_MACHINE, some, None, command="c", seconds=5)
+    machine = GPU_MACHINE | {"facts": GPU_MACHINE["facts"] | {"commit": "def"}}
+    others = [outcome("steps", "left out"), outcome("speed", kernel=Figure(3, "us"))]
+    document = report.document(machine, others, last, command="c", seconds=5)
+    assert {name: one["value"] for name, one in document["figures"].items()} == {
+        "step": 10,
+        "kernel": 3,
+    }
+    stages = [(one["name"], one["status"], one["commit"]) for one in document["stages"]]
+    assert stages == [
+        ("steps", "left out", "def"),
+        ("speed", "passed", "def"),
+        ("steps", "passed", "abc"),
+    ]
+    text = report.table(document, others, [], last)
+    assert "steps                passed     2026-01-01, commit abc" in text
+    # What runs again replaces it, even if it fails.
+    failed = [outcome("steps", "failed")]
+    document = report.document(machine, failed, document, command="c", seconds=5)
+    assert list(document["figures"]) == ["kernel"]
+    assert [one["commit"] for one in document["stages"]] == ["def", "def"]
 
 
 def test_the_command(
@@ -465,6 +509,44 @@ def test_the_command(
     assert command.main(options) == 1
 
 
+ASKED_TO_END = """
+import os, sys
+from pathlib import Path
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu.stage import Stage, own
+
+folder = Path(sys.argv[1])
+# It takes its time: what it is asked again meets a command that is ending it.
+code = (
+    "import os, pathlib, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    f"pathlib.Path({str(folder / 'pid')!r}).write_text(str(os.getpid())); time.sleep(60)"
+)
+stage = Stage(
+    name="long", command=(sys.executable, "-S", "-c", code), read=own, estimate_s=1, cap_s=60
+)
+facts = {"hardware": "a CPU", "date": "2026-01-01", "commit": "abc", "versions": {}}
+machine = {"device": "cpu", "name": "CPU", "num_cores": 2, "facts": facts}
+command.look = lambda environment: machine
+command.stages_for = lambda machine, workers: [stage]
+sys.exit(command.main(["--output", str(folder)]))
+"""
+
+
+def test_who_is_asked_twice_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    pid = tmp_path / "pid"
+    process = subprocess.Popen([sys.executable, "-c", ASKED_TO_END, str(tmp_path)], cwd=ROOT)
+    end = time.monotonic() + 60
+    while not (pid.exists() and pid.read_text()):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    time.sleep(0.5)
+    process.terminate()
+    assert process.wait(30) == 1
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
 @pytest.mark.slow
 def test_the_command_as_it_is(tmp_path: Path) -> None:
     """Two stages in processes of their own, on the machine as it is."""
@@ -477,10 +559,10 @@ def test_the_command_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--budget", "0"), "0 is not allowed; allowed: seconds above 0"),
-        (("--budget", "nan"), "nan is not allowed; allowed: seconds above 0"),
+        (("--budget", "0"), "--budget=0.0 is not allowed; allowed: seconds above 0"),
+        (("--budget", "nan"), "--budget=nan is not allowed; allowed: seconds above 0"),
         (("--budget", "abc"), "abc"),
-        (("--workers", "0"), "0 is not allowed; allowed: an integer >= 1"),
+        (("--workers", "0"), "--workers=0 is not allowed; allowed: an integer >= 1"),
         (("--output", __file__), "is a file, expected a folder"),
         (("--output", f"{__file__}/below"), "is a file, expected a folder"),
     ],

@@ -332,8 +332,8 @@ def attention_triton(
     tiles = triton.cdiv(num_packed, config.block_m)
     if num_splits is None:
         reach = rows.base if sliding_window is None else min(rows.base, sliding_window)
-        # Two programs a processor; below two blocks of keys a part is not worth merging.
-        wanted = 2 * num_processors // max(1, tiles * num_kv_heads * num_slots)
+        wanted = config.programs * num_processors // max(1, tiles * num_kv_heads * num_slots)
+        # Below two blocks of keys a part is not worth merging.
         num_splits = max(1, min(wanted, reach // (2 * config.block_n), _MAX_SPLITS))
     device = query.device
     output = torch.empty(
