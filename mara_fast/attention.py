@@ -79,7 +79,7 @@ def mara_attention(
             sliding_window,
             softcap,
             s_aux,
-        )
+        ).transpose(1, 2)
     else:
         output = candidate_attention(
             query,
@@ -115,7 +115,12 @@ def opaque_attention(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """:func:`candidate_attention` as one operator of torch; arguments as there."""
+    """:func:`candidate_attention` as one operator of torch; arguments as there.
+
+    Returns:
+        [B, W, Hq, Dv], contiguous: as our kernel leaves it and as the next product reads it. What
+        an operator promises of its strides has to hold for every body.
+    """
     shape = Tree(kind=kind, ancestors=ancestors, depths=depths)  # type: ignore[arg-type]
     output = candidate_attention(
         query,
@@ -127,13 +132,13 @@ def opaque_attention(
         softcap=softcap,
         sinks=sinks,
     )
-    # What an operator promises of its strides has to hold for every body.
-    return output.contiguous()
+    return output.transpose(1, 2).contiguous()
 
 
 @opaque_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    return query.new_empty(*query.shape[:-1], value.shape[-1])
+    num_slots, num_heads, num_rows, _ = query.shape
+    return query.new_empty(num_slots, num_rows, num_heads, value.shape[-1])
 
 
 def register_attention() -> None:

@@ -1,5 +1,6 @@
 """Compiled decode steps: one graph without a break on every architecture, and the same tokens."""
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,8 @@ def test_the_operator_keeps_its_promises() -> None:
         softcap=2.0,
         sinks=arguments[-1],
     )
-    assert torch.equal(mara_fast.attention.opaque_attention(*arguments), wanted)
+    found = mara_fast.attention.opaque_attention(*arguments)
+    assert found.is_contiguous() and torch.equal(found.transpose(1, 2), wanted)
 
 
 @pytest.mark.gpu
@@ -158,9 +160,38 @@ def test_compiled_and_captured(name: str) -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_inductor(name: str) -> None:
-    """The default backend, and that it writes new rows into the cache without copying it."""
+    """The default backend."""
     engine = compiled(ARCHITECTURES[name](), backend=True)
     check_exact(engine, prompts_for(engine), max_new_tokens=6, window=3, ignore_eos=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_inductor_copies_nothing_around_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New rows are written into the cache itself, which attention reads, and the product behind it
+    reads what attention leaves: a copy of either would be a launch per layer, or the whole cache.
+    """
+    from torch._inductor.utils import run_and_get_code
+
+    monkeypatch.setattr(mara_fast.attention, "_OPAQUE_ON", {"cpu"})
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    model = ARCHITECTURES["llama"]()
+    engine = compiled(model, backend=True)
+    _, codes = run_and_get_code(
+        lambda: engine.generate(prompts_for(engine)[:2], max_new_tokens=4, window=3)
+    )
+    assert codes
+    for code in codes:
+        calls = re.findall(
+            r"(\w+) = torch\.ops\.mara_fast\.candidate_attention\.default\(\w+, "
+            r"reinterpret_tensor\((arg\d+)_1.*?, reinterpret_tensor\((arg\d+)_1",
+            code,
+        )
+        assert len(calls) == model.config.num_hidden_layers
+        for returned, key, value in calls:
+            assert key != value
+            output = re.search(rf"(\w+) = {returned}\b", code)
+            assert output and re.search(rf"mm\(reinterpret_tensor\({output[1]},", code)
 
 
 def test_a_model_that_breaks_the_graph_is_refused() -> None:
