@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
 import mara_fast.decoder
 from architectures import ARCHITECTURES, OTHER_ARCHITECTURES, random_prompt
-from exactness import check_exact, random_agent
+from exactness import NothingToCompare, check_exact, random_agent
 from mara_fast import Engine
 from mara_fast.language_model import UnsupportedModelError
 from mara_kernels.cascade import FALLBACKS, ORDERS, STRATEGIES
@@ -116,13 +116,17 @@ def check_any_configuration(data: st.DataObject, device: str = "cpu") -> None:
         # Sets of hundreds: the oracle asks about each with a forward of its own.
         options["max_new_tokens"], options["min_new_tokens"] = 3, 0
         prompts, order = prompts[:2], [i for i in order if i < 2]
-    check_exact(
-        engine,
-        [prompts[i] for i in order],
-        sequence_ids=[2**40 + i for i in order],
-        memo=memo_of(name, device),
-        **options,
-    )
+    try:
+        check_exact(
+            engine,
+            [prompts[i] for i in order],
+            sequence_ids=[2**40 + i for i in order],
+            memo=memo_of(name, device),
+            **options,
+        )
+    except NothingToCompare:
+        # Among a whole vocabulary there may be a candidate at a tie in the first set of all.
+        reject()
 
 
 @pytest.mark.slow
