@@ -1,4 +1,4 @@
-"""Speed of our four kernels on this GPU, against torch and against what the hardware allows.
+"""Speed of our kernels on this GPU, against torch and against what the hardware allows.
 
     python benchmarks/kernel_speed.py                            # everything, about 8 minutes
     python benchmarks/kernel_speed.py --operation attention --quick --output attention.json

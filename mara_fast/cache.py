@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from mara_fast.row_budget import Packing
+from mara_kernels.bookkeeping import keep_rows
 
 
 class _View:
@@ -195,6 +196,17 @@ class SlotCache(Cache):
         for part in self._memory.parts(source.numel()):
             rows = part[:, self.view.slots]
             rows[:, slot, :, destination] = rows[:, slot, :, source]
+
+    def keep_rows(self, row: Tensor, destination: Tensor) -> None:
+        """Moves one new row of each selected slot, int64 [B], to another; -1: none."""
+        for stack in self._memory.stacks:
+            keep_rows(
+                stack[:, self.view.slots],
+                row,
+                base=self.view.base,
+                destination=destination,
+                trash=self.trash,
+            )
 
     def commit_rows(self, slots: Tensor, source: Tensor, destination: Tensor) -> None:
         """Moves one row in some of the selected slots; all int64 [N]."""

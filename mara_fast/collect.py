@@ -16,7 +16,9 @@ from mara_fast.outputs import (
     Generation,
     TokenTrace,
 )
-from mara_fast.slot_state import (
+from mara_fast.slot_state import SlotState
+from mara_fast.token_text import TokenNames, decode_text, text_pieces
+from mara_kernels.bookkeeping import (
     ACCEPTED,
     BAD_ACCEPT,
     BAD_LOGITS,
@@ -25,9 +27,7 @@ from mara_fast.slot_state import (
     FORCED,
     LENGTH,
     PLAIN,
-    SlotState,
 )
-from mara_fast.token_text import TokenNames, decode_text, text_pieces
 from mara_kernels.cascade import acceptance_uniforms, rank_of_tried
 
 if TYPE_CHECKING:

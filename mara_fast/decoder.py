@@ -29,22 +29,22 @@ from mara_fast.config import DecodingConfig
 from mara_fast.language_model import FrozenLM
 from mara_fast.mixture import AgentMixture
 from mara_fast.row_budget import Packing, StepShape, hand_out, survival
-from mara_fast.slot_state import (
-    ACCEPTED,
-    BAD_ACCEPT,
-    BAD_LOGITS,
-    EOS,
-    FALLBACK,
-    FORCED,
-    LENGTH,
-    PLAIN,
-    RUNNING,
-    SlotState,
-)
+from mara_fast.slot_state import SlotState
 from mara_fast.step_graphs import Capture, StepGraphs
 from mara_kernels.attention import NewRows, Tree, chain, siblings
-from mara_kernels.cascade import Held, acceptance_uniforms, cascade, rank_of_tried
-from mara_kernels.truncate import CandidateSet, truncate
+from mara_kernels.bookkeeping import (
+    FORCED,
+    PLAIN,
+    Proposal,
+    Scored,
+    admit,
+    hold,
+    pending,
+    propose,
+    settle,
+)
+from mara_kernels.cascade import Held, acceptance_uniforms, cascade
+from mara_kernels.truncate import CandidateSet, greedy, truncate
 
 _SPARE_COLUMNS = 24
 """Columns beyond top_k for ties into it; a buffer too small grows."""
@@ -73,19 +73,19 @@ class ScoredWindow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Window:
-    """The candidates that a step forwards."""
+class _Window(Proposal):
+    """The candidates that a step forwards, forwarded."""
 
-    count: Tensor
-    """int64 [B], of each slot."""
-    rank: Tensor
-    """int64 [B, W], probability rank; columns behind the slot's candidates repeat its first."""
     hidden: Tensor
     """[R, H]"""
-    place: Tensor
-    """int64 [B, W], row of ``hidden``."""
+    place: Tensor | None
+    """int64 [B, W], row of ``hidden``; None: slot by slot."""
     base: int
     """Row of the cache where their keys and values begin."""
+
+    def by_slot(self, rows: Tensor) -> Tensor:
+        """[R, ...] as [B, W, ...]."""
+        return rows.unflatten(0, self.rank.shape) if self.place is None else rows[self.place]
 
 
 class Decoder:
@@ -152,6 +152,11 @@ class Decoder:
         # A tokenizer may know ids that the model never produces.
         known = [token_id for token_id in eos_ids if token_id < vocab_size]
         self.eos_ids = torch.tensor(known, dtype=torch.int64, device=lm.device)
+        self._ending_ids = self.eos_ids[:0] if config.ignore_eos else self.eos_ids
+        self._trees: dict[int, Tree] = {}
+        # Accept logits where there is no agent.
+        most = max(shape.window for shape in shapes)
+        self._unasked = torch.zeros(num_slots, most, device=lm.device)
         self._survival = torch.tensor(
             survival(examines_all=config.strategy != "first"), device=lm.device
         )
@@ -168,7 +173,9 @@ class Decoder:
         state = self.state.narrowed(slots)
         tree = chain(ids_BT.shape[1], ids_BT.device)
         depths, base = tree.depths, self._base(state)
-        hidden = self._forward(slots, state, ids_BT, tree, base)
+        # Padding may point past the end; no row that counts does.
+        positions = (state.length[:, None] + depths).clamp(max=self.cache.max_length - 1)
+        hidden = self._forward(slots, state, ids_BT, positions, tree=tree, base=base)
         valid = depths < num_valid[:, None]
         source = (base + depths).expand_as(ids_BT)
         destination = torch.where(valid, state.length[:, None] + depths, self.cache.trash)
@@ -205,80 +212,55 @@ class Decoder:
         """One window of every decoding slot, eagerly."""
         slots = slice(0, num_decoding)
         state = self.state.narrowed(slots)
-
-        # Propose. A set that outgrew the buffer waits until the host has made room.
-        size = torch.where(state.size <= state.candidate_ids.shape[1], state.size, 0)
-        if self.host_reads and not size.any():
+        if self.host_reads and not pending(state).any():
             return
         shape = self.shapes[num_decoding - 1]
-        window = self._propose(slots, state, size, shape)
+        window = self._propose(slots, state, shape)
         if self.host_reads and window.rank.shape[1] > 1 and window.hidden.isnan().any():
             # 0 * NaN is NaN: a masked sibling has spoilt the row beside it. One by one, then.
             self.cache.clear_rows(window.base)
-            window = self._propose(slots, state, size, StepShape.uniform(num_decoding, 1))
-        state.num_forwards += size > 0
+            window = self._propose(slots, state, StepShape.uniform(num_decoding, 1))
 
-        # Score and select.
         if self.agent is None:
-            # Every set is one token, chosen and emitted when it was truncated.
-            logit_BW = torch.zeros(window.rank.shape, device=size.device)
+            # Every set is one token, chosen and emitted when it was admitted.
+            num_slots, width = window.rank.shape
+            logit_BW = self._unasked[:num_slots, :width]
         else:
-            logit_BW = self.agent.accept_logit(window.hidden)[window.place]
+            logit_BW = window.by_slot(self.agent.accept_logit(window.hidden))
         decision = cascade(
             logit_BW,
             offset=state.offset,
-            size=size,
+            size=window.size,
             held=Held(state.held_accepted, state.held_preference, state.log_residual),
             rule=self.rule,
             sequence=state.sequence,
             position=state.num_tokens,
             count=window.count,
         )
-        better, row = decision.row >= 0, decision.row.clamp(min=0)
-        slot = torch.arange(row.shape[0], device=row.device)
-        state.held_accepted.copy_(decision.held.accepted)
-        state.held_preference.copy_(decision.held.preference)
-        state.log_residual.copy_(decision.held.log_residual)
-        state.held_tried.copy_(torch.where(better, state.offset + row, state.held_tried))
-        state.held_logit.copy_(torch.where(better, logit_BW[slot, row], state.held_logit))
-        state.held_logprob.copy_(
-            torch.where(better, decision.log_prob[slot, row], state.held_logprob)
+        scored = Scored(
+            accept_logit=logit_BW, hidden=window.hidden, place=window.place, count=window.count
         )
-        best = window.hidden[window.place[slot, row]]
-        state.hidden.copy_(torch.where(better[:, None], best, state.hidden))
         if state.trace_logits.shape[1]:
             self._trace_logits(state, window.rank, logit_BW)
-
-        decided = decision.decided & ~decision.invalid
         if self.observer is not None and self.agent is not None:
+            # Which is done again when it is settled.
+            hold(state, scored, decision)
             self.observer(
                 ScoredWindow(
                     state=state,
-                    size=size,
+                    size=window.size,
                     count=window.count,
                     rank=window.rank,
                     accept_logit=logit_BW,
-                    hidden=window.hidden[window.place],
+                    hidden=window.by_slot(window.hidden),
                     log_prob=decision.log_prob,
-                    decided=decided,
+                    decided=decision.decided & ~decision.invalid,
                 )
             )
-
-        # Commit the best candidate so far; a better one of a later window overwrites it.
-        self._commit(better, window.base + row, state.length)
-        state.done.masked_fill_(decision.invalid, BAD_ACCEPT)
-        state.size.masked_fill_(decision.invalid, 0)
-        asked = decided & (size > 1)
-        self._emit(
-            state,
-            asked,
-            torch.where(state.held_accepted, ACCEPTED, FALLBACK),
-            policy_logprob=self._policy_logprob(state),
-        )
-        state.length += decided
-        state.offset += window.count
-        state.offset.masked_fill_(decided, 0)
-        self._truncate(slots, state, decided & (state.done == RUNNING))
+        # The best candidate so far; a better one of a later window overwrites it.
+        self._commit(decision.row, window.base, state.length)
+        chosen = settle(state, scored, decision, rule=self.rule, eos_ids=self._ending_ids)
+        self._truncate(slots, state, chosen)
 
     def grow(self) -> None:
         """Makes room for candidate sets that outgrew the buffer, which wait for it.
@@ -305,31 +287,41 @@ class Decoder:
         self.cache.swap(first, second)
         self.state.swap(first, second)
 
-    def _propose(self, slots: slice, state: SlotState, size: Tensor, shape: StepShape) -> "_Window":
+    def _propose(self, slots: slice, state: SlotState, shape: StepShape) -> "_Window":
         """The next candidates of every slot, forwarded."""
-        count = rows = hand_out(state.offset, size, shape, self._survival)
-        if self.host_reads:
-            # An idle slot keeps a row of its own: of another's, a NaN would stay in its cache.
-            rows = count.clamp(min=1)
-            shape = StepShape(window=int(rows.max()), num_rows=int(rows.sum()))
-        num_slots, width = count.shape[0], shape.window
-        column = torch.arange(width, device=count.device)
-        # Beyond its own rows a slot repeats its first.
-        tried = state.offset[:, None] + torch.where(column < count[:, None], column, 0)
-        rank = rank_of_tried(tried, size[:, None], self.rule.order)
-        rank = rank.clamp(min=0, max=state.candidate_ids.shape[1] - 1)
-        ids_BW = state.candidate_ids.gather(1, rank)
-        base = self._base(state)
-        packing = None
-        if self.lm.can_pack and shape.num_rows < num_slots * width:
+        num_slots, count = state.size.shape[0], None
+        if self.host_reads or shape.num_rows < num_slots * shape.window:
+            count = rows = hand_out(state.offset, pending(state), shape, self._survival)
+            if self.host_reads:
+                # An idle slot keeps a row of its own: of another's, a NaN would stay in its cache.
+                rows = count.clamp(min=1)
+                shape = StepShape(window=int(rows.max()), num_rows=int(rows.sum()))
+        proposal = propose(
+            state,
+            window=shape.window,
+            count=count,
+            last_position=self.cache.max_length - 1,
+            order=self.rule.order,
+        )
+        base, packing = self._base(state), None
+        if self.lm.can_pack and shape.num_rows < num_slots * shape.window:
             packing = Packing.of(rows, shape)
-        tree = siblings(width, ids_BW.device)
-        hidden = self._forward(slots, state, ids_BW, tree, base, packing)
-        if packing is None:
-            place = torch.arange(num_slots * width, device=count.device).view(num_slots, width)
-        else:
-            place = packing.place
-        return _Window(count=count, rank=rank, hidden=hidden.flatten(0, 1), place=place, base=base)
+        tree = self._siblings(shape.window)
+        hidden = self._forward(
+            slots, state, proposal.ids, proposal.positions, tree=tree, base=base, packing=packing
+        )
+        return _Window(
+            **vars(proposal),
+            hidden=hidden.flatten(0, 1),
+            place=None if packing is None else packing.place,
+            base=base,
+        )
+
+    def _siblings(self, width: int) -> Tree:
+        """The tree of a window; made once, outside of graphs."""
+        if width not in self._trees:
+            self._trees[width] = siblings(width, self.lm.device)
+        return self._trees[width]
 
     def _base(self, state: SlotState) -> int:
         """Row where the new rows begin: behind every prefix, and the best candidate behind it."""
@@ -342,6 +334,8 @@ class Decoder:
         slots: slice,
         state: SlotState,
         ids_BT: Tensor,
+        positions: Tensor,
+        *,
         tree: Tree,
         base: int,
         packing: Packing | None = None,
@@ -354,8 +348,6 @@ class Decoder:
             base=base,
             see_everything=self.host_reads and one_row and bool((state.length == base).all()),
         )
-        # Padding and idle rows may point past the end; no row that counts does.
-        positions = (state.length[:, None] + tree.depths).clamp(max=self.cache.max_length - 1)
         if packing is not None:
             ids_BT = ids_BT[packing.slot, packing.column][None]
             positions = positions[packing.slot, packing.column][None]
@@ -363,15 +355,14 @@ class Decoder:
         context = TreeContext(rows=rows, packing=packing)
         return self.lm.hidden_states(ids_BT, positions=positions, cache=self.cache, context=context)
 
-    def _commit(self, chosen: Tensor, source: Tensor, destination: Tensor) -> None:
-        """Keeps one new row per slot where chosen."""
-        if self.host_reads:
-            moved = (chosen & (source != destination)).nonzero()[:, 0]
-            if moved.numel():
-                self.cache.commit_rows(moved, source[moved], destination[moved])
+    def _commit(self, row: Tensor, base: int, destination: Tensor) -> None:
+        """Keeps one new row of each slot, -1: none."""
+        if not self.host_reads:
+            self.cache.keep_rows(row, destination)
             return
-        destination = torch.where(chosen, destination, self.cache.trash)
-        self.cache.commit(source[:, None], destination[:, None])
+        moved = ((row >= 0) & (base + row != destination)).nonzero()[:, 0]
+        if moved.numel():
+            self.cache.commit_rows(moved, base + row[moved], destination[moved])
 
     def _truncate(
         self, slots: slice, state: SlotState, chosen: Tensor, capacity: int | None = None
@@ -380,14 +371,15 @@ class Decoder:
 
         A set that outgrows ``capacity`` is made anew with more, or marked as waiting for it.
         """
-        index: Tensor | slice = slice(None)
+        index: Tensor | None = None
         if self.host_reads:
             index = chosen.nonzero()[:, 0]
             if not index.numel():
                 return
-        logits = self.lm.logits(state.hidden[index])
+        at = slice(None) if index is None else index
+        logits = self.lm.logits(state.hidden[at])
         if self.config.min_new_tokens and self.eos_ids.numel():
-            early = state.num_tokens[index] < self.config.min_new_tokens
+            early = state.num_tokens[at] < self.config.min_new_tokens
             at_eos = logits[:, self.eos_ids]
             logits[:, self.eos_ids] = at_eos.masked_fill(early[:, None], -torch.inf)
         capacity = capacity or self.capacity
@@ -396,30 +388,23 @@ class Decoder:
             capacity = self._wider(capacity)
             state = self.state.narrowed(slots)
             new = self._candidates(logits, capacity)
-        outgrows = new.size > new.ids.shape[1]
         if self.agent is None and not self.is_plain_greedy:
-            new = _sample(new, self.config.seed, state.sequence[index], state.num_tokens[index])
-
-        mine, width = chosen[index], state.candidate_ids.shape[1]
-        size = torch.where(outgrows, width + 1, new.size)
-        state.size[index] = torch.where(mine, size, state.size[index])
-        mine, spare = mine[:, None], (0, width - new.ids.shape[1])
-        ids, logprobs = pad(new.ids, spare), pad(new.logprobs, spare, value=-torch.inf)
-        state.candidate_ids[index] = torch.where(mine, ids, state.candidate_ids[index])
-        state.candidate_logprobs[index] = torch.where(
-            mine, logprobs, state.candidate_logprobs[index]
-        )
-        state.done.masked_fill_(chosen & (state.size == 0), BAD_LOGITS)
+            new = _sample(new, self.config.seed, state.sequence[at], state.num_tokens[at])
         if state.trace_ids.shape[1]:
-            self._trace_candidates(state, chosen)
-
-        state.held_tried.masked_fill_(chosen, 0)
-        state.held_logit.masked_fill_(chosen, torch.nan)
-        self._emit(state, chosen & (state.size == 1), PLAIN if self.agent is None else FORCED)
+            self._trace_candidates(state, new, at, chosen)
+        admit(
+            state,
+            new,
+            chosen,
+            index=index,
+            verdict=PLAIN if self.agent is None else FORCED,
+            order=self.rule.order,
+            eos_ids=self._ending_ids,
+        )
 
     def _candidates(self, logits: Tensor, capacity: int) -> CandidateSet:
         if self.is_plain_greedy:
-            return _argmax(logits)
+            return greedy(logits)
         return truncate(
             logits,
             top_k=self.config.top_k,
@@ -451,62 +436,19 @@ class Decoder:
             self.graphs.forget()
         return self.columns
 
-    def _policy_logprob(self, state: SlotState) -> Tensor:
-        """[B], that the sampled cascade emits the held candidate of a position decided now.
-
-        Eq. 6, and for the token that is the fallback also that all are rejected. An accepted token
-        may be it as well, but unless it was tried last nobody knows yet what becomes of the rest.
-        """
-        is_fallback = ~state.held_accepted
-        if self.rule.fallback == "last":
-            is_fallback = is_fallback | (state.held_tried == state.size - 1)
-        emitted = torch.logaddexp(state.held_logprob, state.log_residual)
-        return torch.where(is_fallback, emitted, state.held_logprob)
-
-    def _emit(
-        self,
-        state: SlotState,
-        chosen: Tensor,
-        verdict: Tensor | int,
-        *,
-        policy_logprob: Tensor | None = None,
+    def _trace_candidates(
+        self, state: SlotState, new: CandidateSet, at: Tensor | slice, chosen: Tensor
     ) -> None:
-        """Appends the held candidate of the pending position where chosen."""
-        column = state.num_tokens.clamp(max=self.config.max_new_tokens - 1)
-        slot = torch.arange(column.shape[0], device=column.device)
-        rank = rank_of_tried(state.held_tried, state.size, self.rule.order)
-        rank = rank.clamp(min=0, max=state.candidate_ids.shape[1] - 1)
-        token = state.candidate_ids[slot, rank]
-        if isinstance(verdict, int):
-            verdict = torch.full_like(token, verdict)
-        values = torch.stack((token, state.size, rank, state.held_tried, verdict), dim=-1)
-        logprob = state.candidate_logprobs[slot, rank]
-        if policy_logprob is None:
-            policy_logprob = reference = torch.full_like(logprob, torch.nan)
-        else:
-            # Columns behind the set hold -inf.
-            reference = logprob - state.candidate_logprobs.logsumexp(-1)
-        floats = torch.stack((logprob, state.held_logit, policy_logprob, reference), dim=-1)
-        chosen_B1 = chosen[:, None]
-        state.record[slot, column] = torch.where(chosen_B1, values, state.record[slot, column])
-        state.record_floats[slot, column] = torch.where(
-            chosen_B1, floats, state.record_floats[slot, column]
-        )
-        state.num_tokens += chosen
-        if not self.config.ignore_eos:
-            state.done.masked_fill_(chosen & (token[:, None] == self.eos_ids).any(-1), EOS)
-        full = chosen & (state.num_tokens >= self.config.max_new_tokens) & (state.done == RUNNING)
-        state.done.masked_fill_(full, LENGTH)
-        state.size.masked_fill_(chosen & (state.done != RUNNING), 0)
-
-    def _trace_candidates(self, state: SlotState, chosen: Tensor) -> None:
-        column = state.num_tokens.clamp(max=self.config.max_new_tokens - 1)
-        slot = torch.arange(column.shape[0], device=column.device)
+        """Keeps sets, of the slots ``at``, where chosen."""
+        column = state.num_tokens[at].clamp(max=self.config.max_new_tokens - 1)
+        slot = torch.arange(chosen.shape[0], device=column.device)[at]
+        spare = (0, state.trace_ids.shape[-1] - new.ids.shape[1])
         for buffer, values in (
-            (state.trace_ids, state.candidate_ids),
-            (state.trace_logprobs, state.candidate_logprobs),
+            (state.trace_ids, pad(new.ids, spare)),
+            (state.trace_logprobs, pad(new.logprobs, spare, value=-torch.inf)),
         ):
-            buffer[slot, column] = torch.where(chosen[:, None], values, buffer[slot, column])
+            kept = torch.where(chosen[at][:, None], values, buffer[slot, column])
+            buffer[slot, column] = kept
 
     def _trace_logits(self, state: SlotState, rank: Tensor, logit_BW: Tensor) -> None:
         column = state.num_tokens.clamp(max=self.config.max_new_tokens - 1)
@@ -519,20 +461,12 @@ class Decoder:
         )
 
 
-def _argmax(logits: Tensor) -> CandidateSet:
-    """The most probable token as a set of one; equals go to the lowest id."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    ids = logprobs.argmax(dim=-1, keepdim=True)
-    best = logprobs.gather(1, ids)
-    return CandidateSet(ids, best, best[:, 0].isfinite().long())
-
-
 def _sample(
     candidates: CandidateSet, seed: int, sequence: Tensor, position: Tensor
 ) -> CandidateSet:
     """One token of each set by the inverse of its distribution function, as a set of one.
 
-    Of a set with more ties than columns the result is of no use: the set has to be made anew.
+    A set that outgrew its columns stays one that has: it has to be made anew.
     """
     uniform, _ = acceptance_uniforms(seed, sequence, position, torch.zeros_like(position))
     mass = torch.softmax(candidates.logprobs, dim=-1).cumsum(-1)
@@ -540,4 +474,6 @@ def _sample(
     chosen = (mass <= uniform[:, None]).sum(-1).clamp(max=last)
     ids = candidates.ids.gather(1, chosen[:, None])
     logprobs = candidates.logprobs.gather(1, chosen[:, None])
-    return CandidateSet(ids, logprobs, candidates.size.clamp(max=1))
+    size = candidates.size
+    outgrows = size > candidates.ids.shape[1]
+    return CandidateSet(ids, logprobs, torch.where(outgrows, 2, size.clamp(max=1)))

@@ -86,6 +86,8 @@ class FrozenLM:
         """Of the keys and values of every layer, as measured."""
         self.row_bytes = 0
         """Keys and values of one position in all layers, as measured."""
+        # Four dimensions: transformers takes the mask as it is, builds none and reads none.
+        self._no_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=self.device)
         self._step_body: Any = self.body
         self._is_full = False
         self.can_pack = False
@@ -146,8 +148,7 @@ class FrozenLM:
         """
         extra: dict[str, Any] = {}
         if self.attention == "candidate":
-            # Four dimensions: transformers takes the mask as it is, builds none and reads none.
-            mask: Any = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=ids_BT.device)
+            mask: Any = self._no_mask
             if not self._hooks:
                 extra[CONTEXT_KEYWORD] = context
         else:

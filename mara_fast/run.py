@@ -30,8 +30,9 @@ from mara_fast.config import DecodingConfig
 from mara_fast.decoder import Decoder, ScoredWindow
 from mara_fast.memory import Pool
 from mara_fast.outputs import DecodingStats, Generation
-from mara_fast.slot_state import RUNNING, SlotState
+from mara_fast.slot_state import SlotState
 from mara_fast.transfer import HostCopy, to_device
+from mara_kernels.bookkeeping import RUNNING
 
 if TYPE_CHECKING:
     from mara_fast.engine import Engine

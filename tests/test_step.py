@@ -1,5 +1,6 @@
 """Properties of the step itself: nothing read on the host, NaN contained, mutations noticed."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -8,19 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import mara_fast.cache
 import mara_fast.decoder
 import mara_kernels.attention.rows
 from architectures import ARCHITECTURES, random_prompt
 from exactness import FixedBudget, check_exact, random_agent
 from host_reads import ForbidHostReads
-from mara_fast import DecodingConfig, Engine
+from mara_fast import DecodingConfig, Engine, MaraAgent
 from mara_fast.cache import SlotCache
 from mara_fast.decoder import Decoder
 from mara_fast.language_model import FrozenLM
 from mara_fast.row_budget import StepShape
 from mara_fast.self_check import Checked
 from mara_kernels.attention import Tree
+from mara_kernels.bookkeeping import Proposal
 
 PROMPT_LENGTHS = (12, 3, 7)
 
@@ -66,6 +70,70 @@ def test_step_reads_nothing_on_the_host(
     assert steps > 6
 
 
+VIEWS = {"alias", "detach", "expand", "flatten", "slice", "unflatten", "unsqueeze", "view"}
+OPERATIONS = {
+    mara_fast.decoder: ("propose", "cascade", "settle", "admit", "truncate", "greedy"),
+    mara_fast.cache: ("keep_rows",),
+    FrozenLM: ("hidden_states", "logits"),
+    MaraAgent: ("accept_logit",),
+}
+"""What a step is made of; on a GPU each but the language model is a few launches."""
+
+
+class Launches(TorchDispatchMode):
+    """Counts operators that are no views, outside of the operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.within = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if not self.within and name not in VIEWS:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+    def hide(self, operation: Callable) -> Callable:
+        """The operation, of which nothing is counted."""
+
+        def call(*args: Any, **options: Any) -> Any:
+            self.within += 1
+            try:
+                return operation(*args, **options)
+            finally:
+                self.within -= 1
+
+        return call
+
+
+@pytest.mark.parametrize("has_agent", [True, False])
+def test_a_step_launches_nothing_between_its_operations(
+    has_agent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the products of a language model a launch takes longer than its work."""
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: False)
+    launches = Launches()
+    for place, names in OPERATIONS.items():
+        for name in names:
+            monkeypatch.setattr(place, name, launches.hide(getattr(place, name)))
+    engine = make_engine() if has_agent else Engine(ARCHITECTURES["llama"](), False)
+    steps = []
+
+    def counted(self: Decoder, num_decoding: int, original: Callable = Decoder.step) -> None:
+        # The first makes what lives as long as the decoder.
+        mode = launches if steps else contextlib.nullcontext()
+        steps.append(1)
+        with mode:
+            original(self, num_decoding)
+
+    monkeypatch.setattr(Decoder, "step", counted)
+    engine.generate(prompts_for(engine), max_new_tokens=6, window=3, ignore_eos=True)
+    assert len(steps) > 3 and launches.found == []
+
+
 def test_the_guard_notices_a_host_read() -> None:
     with pytest.raises(AssertionError, match="host"), ForbidHostReads():
         int(torch.ones(3).max())
@@ -94,23 +162,23 @@ def _window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _position_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = mara_fast.decoder.siblings
+    original = mara_fast.decoder.propose
 
-    def siblings(num_rows: int, device: torch.device) -> Tree:
-        tree = original(num_rows, device)
-        return dataclasses.replace(tree, depths=tree.depths + 1)
+    def propose(*args: Any, **options: Any) -> Proposal:
+        proposal = original(*args, **options)
+        return dataclasses.replace(proposal, positions=proposal.positions + 1)
 
-    monkeypatch.setattr(mara_fast.decoder, "siblings", siblings)
+    monkeypatch.setattr(mara_fast.decoder, "propose", propose)
 
 
 def _siblings_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = mara_fast.decoder.siblings
+    original = Decoder._siblings
 
-    def siblings(num_rows: int, device: torch.device) -> Tree:
-        tree = original(num_rows, device)
+    def siblings(self: Decoder, width: int) -> Tree:
+        tree = original(self, width)
         return dataclasses.replace(tree, ancestors=torch.ones_like(tree.ancestors))
 
-    monkeypatch.setattr(mara_fast.decoder, "siblings", siblings)
+    monkeypatch.setattr(Decoder, "_siblings", siblings)
 
 
 def _wrong_row_committed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The engine on the Triton bodies: interpreted on small models, on a GPU where there is one."""
 
 import copy
+import dataclasses
 import functools
 import itertools
 import math
@@ -12,11 +13,12 @@ import torch
 
 import golden
 import mara_kernels.attention.kernel
+import mara_kernels.bookkeeping.kernel
 import mara_kernels.cascade.kernel
 import mara_kernels.score.kernel
 import mara_kernels.truncate.kernel
 from architectures import ARCHITECTURES, random_prompt
-from exactness import check_exact, random_agent
+from exactness import FixedBudget, check_exact, random_agent
 from mara_fast import Engine, MaraAgent
 from oracle import OracleStep, sequential_cascade
 from test_golden import make_agent
@@ -27,6 +29,13 @@ BODIES = {
     "score_triton": mara_kernels.score.kernel,
     "cascade_triton": mara_kernels.cascade.kernel,
     "attention_triton": mara_kernels.attention.kernel,
+    "propose": mara_kernels.bookkeeping.kernel,
+    "settle": mara_kernels.bookkeeping.kernel,
+}
+# Where nothing is read on the host.
+DEVICE_BODIES = {
+    "admit": mara_kernels.bookkeeping.kernel,
+    "keep_rows": mara_kernels.bookkeeping.kernel,
 }
 OPTIONS = [
     {"window": 3},
@@ -56,19 +65,19 @@ def shared_agent() -> MaraAgent:
 
 
 @pytest.fixture(autouse=True)
-def triton_bodies(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """All four, and each must have run."""
+def triton_bodies(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """All, and each must have run."""
     shared_agent()
     monkeypatch.setenv("MARA_KERNELS", "triton")
-    ran = set()
+    ran: set[str] = set()
 
     def counted(name: str, body: Callable) -> Callable:
         return lambda *args, **options: ran.add(name) or body(*args, **options)
 
-    for name, module in BODIES.items():
+    for name, module in (BODIES | DEVICE_BODIES).items():
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
-    yield
-    assert ran == set(BODIES)
+    yield ran
+    assert set(BODIES) <= ran
 
 
 def make_engine(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Engine:
@@ -94,12 +103,52 @@ def prompts_for(engine: Engine) -> list[list[int]]:
     ],
 )
 def test_tokens_are_those_of_the_cascade(
-    name: str, options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    options: dict[str, Any],
+    device: torch.device,
+    triton_bodies: set[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The step that a GPU runs, without host reads."""
     monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: False)
     engine = make_engine(name, device)
     check_exact(engine, prompts_for(engine), max_new_tokens=NUM_TOKENS, **options)
+    assert set(DEVICE_BODIES) <= triton_bodies
+
+
+@pytest.mark.parametrize(
+    "options", [{"trace": True, "min_new_tokens": 3}, {"eos_token_id": tuple(range(0, 256, 5))}]
+)
+def test_traces_and_ends_are_those_of_the_torch_bodies(
+    options: dict[str, Any], device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without host reads: what is recorded of every token, and why a sequence ended."""
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: False)
+    results = []
+    for bodies in ("triton", "torch"):
+        monkeypatch.setenv("MARA_KERNELS", bodies)
+        engine = make_engine("llama", device)
+        engine._costs = FixedBudget(2, 1.5)
+        prompts = [*prompts_for(engine), [9, 8, 7]]
+        results.append(engine.generate(prompts, max_new_tokens=NUM_TOKENS + 2, **options))
+    for mine, other in zip(*results, strict=True):
+        assert (mine.token_ids, mine.finish_reason) == (other.token_ids, other.finish_reason)
+        assert mine.stats.num_forwards == other.stats.num_forwards
+        for found, expected in zip(
+            mine.trace or mine.tokens, other.trace or other.tokens, strict=True
+        ):
+            assert close(dataclasses.asdict(found), dataclasses.asdict(expected))
+
+
+def close(found: Any, expected: Any) -> bool:
+    """Equal, but for the rounding of floats."""
+    if isinstance(expected, dict):
+        return all(close(found[name], value) for name, value in expected.items())
+    if isinstance(expected, list | tuple):
+        return all(close(a, b) for a, b in zip(found, expected, strict=True))
+    if isinstance(expected, float):
+        return found == pytest.approx(expected, abs=1e-4, nan_ok=True)
+    return found == expected
 
 
 def test_the_step_with_host_reads(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,10 @@ import torch
 
 PARTS: dict[str, str] = {
     "attention": r"^(attend|combine)(_\w+)?$",
-    "truncate": r"^(group_maxima|select)(_\w+)?$",
+    "truncate": r"^(group_maxima|select|pick)(_\w+)?$",
     "score": r"^(row_stats|first_layer|other_layers|finish)(_\w+)?$",
     "cascade": r"^decide(_\w+)?$",
+    "bookkeeping": r"^(proposing|settling|admitting|keeping)(_\w+)?$",
     "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|splitK|matmul",
     "copies and indexing": r"(?i)memcpy|memset|copy|index|gather|scatter",
 }

@@ -1,7 +1,8 @@
 """Tensor kernels of MARA decoding, with torch references.
 
-Four operations, each a folder with its definition in torch: :mod:`truncate` (logits to an ordered
+Operations, each a folder with its definition in torch: :mod:`truncate` (logits to an ordered
 candidate set), :mod:`score` (hidden states to accept logits), :mod:`cascade` (accept logits to a
-decision) and :mod:`attention` (candidate rows over a shared prefix). They know tensors only. On a
-CPU, :mod:`linear` is what large layers multiply with.
+decision), :mod:`attention` (candidate rows over a shared prefix) and :mod:`bookkeeping` (what
+happens to the slots of a batch in between). They know tensors only. On a CPU, :mod:`linear` is what
+large layers multiply with.
 """

@@ -52,12 +52,25 @@ def truncate_case(
     )
 
 
+def greedy_case(num_rows: int, vocab_size: int, dtype: torch.dtype = torch.bfloat16) -> Case:
+    """The most probable tokens of logits [B, V]."""
+    from mara_kernels.truncate.kernel import greedy_triton
+
+    return Case(
+        "truncate",
+        f"greedy B={num_rows} V={vocab_size} {_SHORT[dtype]}",
+        lambda architecture: greedy_triton(
+            _meta(num_rows, vocab_size, dtype=dtype), architecture=architecture
+        ),
+    )
+
+
 def truncate_cases() -> list[Case]:
     """Vocabularies of all sizes, one that is no multiple of anything, the larger capacities, and
     arguments of 1, which Triton compiles as constants."""
     from mara_kernels.truncate.kernel import MAX_CAPACITY
 
-    return [
+    sets = [
         truncate_case(num_rows, vocab_size, dtype, capacity)
         for num_rows, vocab_size, dtype, capacity in (
             (64, 32000, torch.bfloat16, 64),
@@ -72,7 +85,14 @@ def truncate_cases() -> list[Case]:
             (64, 262144, torch.float32, MAX_CAPACITY),
             (64, 128256, torch.float16, MAX_CAPACITY),
         )
-    ] + [truncate_case(1, 1, torch.bfloat16, 1, top_k=1, temperature=2)]
+    ]
+    return [
+        *sets,
+        truncate_case(1, 1, torch.bfloat16, 1, top_k=1, temperature=2),
+        greedy_case(64, 128256),
+        greedy_case(64, 262144, torch.float32),
+        greedy_case(1, 50257, torch.float16),
+    ]
 
 
 def cascade_cases() -> list[Case]:
@@ -233,9 +253,106 @@ def attention_cases() -> list[Case]:
     ]
 
 
+def bookkeeping_cases() -> list[Case]:
+    """Every order; padded and packed windows; buffers and states of one block and of several."""
+    from mara_kernels.bookkeeping import kernel
+    from mara_kernels.bookkeeping.reference import Scored
+    from mara_kernels.bookkeeping.slots import FORCED, Slots
+    from mara_kernels.cascade.reference import Decision, Held, Order
+    from mara_kernels.truncate import CandidateSet
+
+    def ints(*size: int) -> torch.Tensor:
+        return _meta(*size, dtype=torch.int64)
+
+    flags = _meta(64, dtype=torch.bool)
+
+    def slots_of(columns: int, hidden_size: int, dtype: torch.dtype) -> Slots:
+        return Slots(
+            length=ints(64),
+            candidate_ids=ints(64, columns),
+            candidate_logprobs=_meta(64, columns),
+            size=ints(64),
+            offset=ints(64),
+            held_accepted=flags,
+            held_preference=_meta(64),
+            log_residual=_meta(64),
+            held_tried=ints(64),
+            held_logit=_meta(64),
+            held_logprob=_meta(64),
+            hidden=_meta(64, hidden_size, dtype=dtype),
+            num_tokens=ints(64),
+            num_forwards=ints(64),
+            done=ints(64),
+            record=ints(64, 128, 5),
+            record_floats=_meta(64, 128, 4),
+        )
+
+    def case(
+        order: Order,
+        *,
+        window: int = 8,
+        packed: bool = False,
+        columns: int = 64,
+        hidden_size: int = 4096,
+        dtype: torch.dtype = torch.bfloat16,
+        num_eos: int = 2,
+    ) -> Case:
+        slots = slots_of(columns, hidden_size, dtype)
+        eos_ids, count = ints(num_eos), ints(64) if packed else None
+        scored = Scored(
+            accept_logit=_meta(64, window),
+            hidden=_meta(64 * window, hidden_size, dtype=dtype),
+            place=ints(64, window) if packed else None,
+            count=ints(64),
+        )
+        decision = Decision(
+            ints(64), flags, flags, Held(flags, _meta(64), _meta(64)), _meta(64, window)
+        )
+        # Without an agent the buffer holds one token.
+        new = CandidateSet(ints(64, min(columns, 64)), _meta(64, min(columns, 64)), ints(64))
+
+        def call(architecture: str) -> None:
+            kernel.propose(slots, window=window, count=count, last_position=4095, order=order)
+            kernel.settle(
+                slots,
+                scored,
+                decision,
+                order=order,
+                fallback_is_last=order == "descending",
+                eos_ids=eos_ids,
+            )
+            kernel.admit(slots, new, flags, verdict=FORCED, order=order, eos_ids=eos_ids)
+
+        sizes = f"W={window}{' packed' * packed} C={columns} H={hidden_size} E={num_eos}"
+        return Case("bookkeeping", f"{order} {sizes} {_SHORT[dtype]}", call)
+
+    def keeping(num_layers: int, num_heads: int, head_size: int, dtype: torch.dtype) -> Case:
+        rows = _meta(num_layers, 64, num_heads, 4609, head_size, dtype=dtype)
+        return Case(
+            "bookkeeping",
+            f"L={num_layers} {num_heads}/{head_size} {_SHORT[dtype]}",
+            lambda _: kernel.keep_rows(rows, ints(64), base=4096, destination=ints(64), trash=4608),
+        )
+
+    return [
+        case("descending"),
+        case("descending", window=1, columns=1),
+        case("descending", window=40, packed=True),
+        case("descending", columns=32000, hidden_size=8192, dtype=torch.float32, num_eos=0),
+        case("descending", hidden_size=2885, dtype=torch.float16),
+        case("reverse"),
+        case("top_last", packed=True),
+        keeping(64, 8, 128, torch.bfloat16),
+        keeping(32, 8, 64, torch.float16),
+        keeping(48, 32, 80, torch.float32),
+        keeping(1, 1, 576, torch.bfloat16),
+    ]
+
+
 CASES: dict[str, Callable[[], list[Case]]] = {
     "truncate": truncate_cases,
     "cascade": cascade_cases,
     "score": score_cases,
     "attention": attention_cases,
+    "bookkeeping": bookkeeping_cases,
 }

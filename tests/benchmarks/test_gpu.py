@@ -179,7 +179,7 @@ def test_a_profile() -> None:
         idle.profile_of([])
 
 
-@pytest.mark.parametrize("operation", ["attention", "cascade", "score", "truncate"])
+@pytest.mark.parametrize("operation", ["attention", "bookkeeping", "cascade", "score", "truncate"])
 def test_our_kernels_are_told_by_their_names(operation: str) -> None:
     import importlib
 

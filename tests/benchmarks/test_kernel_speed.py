@@ -71,6 +71,11 @@ BUILDS: dict[str, Callable[[ModuleType], Any]] = {
     "chunk": lambda cases: cases.attention.attention_case(
         CPU, 0, shape=small_shape(cases, num_rows=5, kind="chain")
     ),
+} | {
+    name: lambda cases, name=name: cases.bookkeeping.bookkeeping_case(
+        CPU, 0, step=getattr(cases.bookkeeping, name), num_slots=2
+    )
+    for name in ("proposing", "settling", "admitting", "keeping")
 }
 
 
@@ -94,6 +99,13 @@ def corruptions(operation: str, output: Any) -> list[Any]:
             output._replace(held=held._replace(log_residual=held.log_residual + 0.01)),
             output._replace(log_prob=output.log_prob + 0.01),
         ]
+    if operation == "bookkeeping":
+        found = []
+        for index, tensor in enumerate(output):
+            other = tensor.clone()
+            other.view(-1)[-1] = ~other.view(-1)[-1] if other.dtype == torch.bool else 77
+            found.append([*output[:index], other, *output[index + 1 :]])
+        return found
     wrong, broken = output.clone(), output.clone()
     wrong.view(-1)[-1] += 1
     broken.view(-1)[0] = torch.nan
@@ -175,13 +187,16 @@ def test_floors_by_hand(cases: ModuleType) -> None:
 
 def test_the_suites_have_the_sizes_asked_for(cases: ModuleType, speed: ModuleType) -> None:
     counts = {operation: len(builds) for operation, builds in cases.SUITES.items()}
-    assert counts == {"truncate": 12, "score": 21, "cascade": 9, "attention": 76}
+    assert counts == {"truncate": 12, "score": 21, "cascade": 9, "attention": 76, "bookkeeping": 16}
     for operation, axis, num_values in (
         ("truncate", "vocab_size", 3),
         ("score", "hidden_size", 3),
     ):
         quick = cases.SUITES[operation][:: speed.QUICK_STEP]
         assert len({build.keywords[axis] for build in quick}) == num_values
+    quick = cases.SUITES["bookkeeping"][:: speed.QUICK_STEP]
+    assert len({b.keywords["step"] for b in quick}) == 4
+    assert len({b.keywords["num_slots"] for b in quick}) == 4
     quick = [b.keywords["shape"] for b in cases.SUITES["attention"][:: speed.QUICK_STEP]]
     assert {shape.num_rows for shape in quick} >= {1, 8, 40}
     assert {shape.num_slots for shape in quick} == {1, 8, 64}

@@ -9,7 +9,8 @@ import torch
 
 import mara_kernels.truncate.kernel as kernel
 from mara_kernels.configs import truncate_config
-from mara_kernels.truncate import CandidateSet, truncate
+from mara_kernels.truncate import CandidateSet, greedy, truncate
+from mara_kernels.truncate.reference import greedy as greedy_torch
 from mara_kernels.truncate.reference import truncate as truncate_torch
 
 # Probabilities closer to a cut than this may round to either side of it.
@@ -221,6 +222,68 @@ def test_ties_that_find_no_column_are_reported(
     expected = truncate_torch(logits, **options)
     assert found.size.tolist() == expected.size.tolist()
     assert found.size[2] == capacity + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab_size", [1, 33, 2048, 2049, 9001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_greedy(
+    kind: str,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    architecture: str,
+    run_twice: Callable,
+) -> None:
+    """The first of the largest, and its log-probability in float64."""
+    logits = rows(kind, vocab_size).to(device, dtype)
+    found = run_twice(partial(kernel.greedy_triton, logits, architecture=architecture))
+    exact = torch.log_softmax(logits.double(), dim=-1)
+    ids = (logits == logits.amax(-1, keepdim=True)).int().argmax(-1, keepdim=True)
+    assert torch.equal(found.ids, ids) and (found.size == 1).all()
+    torch.testing.assert_close(found.logprobs.double(), exact.gather(1, ids), rtol=2e-6, atol=2e-6)
+    definition = greedy_torch(logits)
+    assert torch.equal(definition.ids, ids) and torch.equal(definition.size, found.size)
+    torch.testing.assert_close(found.logprobs, definition.logprobs, rtol=2e-6, atol=2e-6)
+
+
+def test_greedy_rows_without_a_distribution(device: torch.device, architecture: str) -> None:
+    """Strided ones, too, and one of a kind in every place of the vocabulary."""
+    logits = rows("normal", 5000).to(device)
+    wide = torch.full((6, 5007), torch.nan, device=device)
+    wide[:, :5000] = logits.repeat(2, 1)
+    strided = wide[:, :5000]
+    strided[1, 4999], strided[2, 0], strided[4], strided[5, 2500] = (
+        torch.nan,
+        torch.inf,
+        -torch.inf,
+        torch.nan,
+    )
+    for found in (
+        kernel.greedy_triton(strided, architecture=architecture),
+        greedy_torch(strided),
+        kernel.greedy_triton(strided.t().contiguous().t(), architecture=architecture),
+    ):
+        assert found.size.tolist() == [1, 0, 0, 1, 0, 0]
+        assert found.ids[:, 0].tolist()[1:3] == [0, 0]
+        assert (found.logprobs[[1, 2, 4, 5]] == -torch.inf).all()
+        assert found.ids[[0, 3], 0].tolist() == [int(strided[0].argmax())] * 2
+    none = kernel.greedy_triton(strided[:0], architecture=architecture)
+    assert none.ids.shape == (0, 1)
+
+
+def test_greedy_is_dispatched(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MARA_KERNELS", "truncate=triton")
+    called = []
+    body = kernel.greedy_triton
+    monkeypatch.setattr(kernel, "greedy_triton", lambda *a, **k: called.append(1) or body(*a, **k))
+    logits = rows("normal", 300).to(device)
+    assert torch.equal(greedy(logits).ids, greedy_torch(logits).ids) and called == [1]
+    # What the body does not cover.
+    assert torch.equal(greedy(logits.double()).ids, greedy(logits).ids) and called == [1, 1]
+    for bad in (logits[0], logits.long(), logits[:, :0]):
+        with pytest.raises(ValueError, match=r"logits must be a floating \[B, V\] tensor"):
+            greedy(bad)
 
 
 def test_dispatch_reaches_the_body(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

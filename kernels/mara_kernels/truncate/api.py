@@ -41,11 +41,7 @@ def truncate(
         ValueError: if the logits are no matrix of floats, a number is out of its bounds, or
             capacity is smaller than the top-k asked for.
     """
-    if logits.ndim != 2 or not logits.is_floating_point() or not logits.shape[1]:
-        raise ValueError(
-            "logits must be a floating [B, V] tensor, V >= 1, got "
-            f"{logits.dtype} of {tuple(logits.shape)}"
-        )
+    _check_logits(logits)
     for name, value, least in (("top_k", top_k, 0), ("capacity", capacity, 1)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name}={value!r} is not allowed; allowed: an integer >= {least}")
@@ -70,3 +66,37 @@ def truncate(
             body = partial(kernel.truncate_triton, architecture=architecture)
     with dispatch.on_device(logits):
         return body(logits, top_k=top_k, top_p=top_p, temperature=temperature, capacity=capacity)
+
+
+def greedy(logits: Tensor) -> CandidateSet:
+    """The most probable token of each row of logits; of equal ones that of the lowest id.
+
+    The Triton body reads the logits once; it covers what that of :func:`truncate` does.
+
+    Args:
+        logits: [B, V], any floating dtype; the log-probability is computed in float32.
+
+    Returns:
+        Sets of one, C = 1; of size 0 where a row has no distribution.
+
+    Raises:
+        ValueError: if the logits are no matrix of floats.
+    """
+    _check_logits(logits)
+    body: Callable[..., CandidateSet] = reference.greedy
+    if dispatch.choose("truncate", logits.device).name == "triton":
+        from mara_kernels.truncate import kernel
+
+        if kernel.covers(logits, 1) and not dispatch.needs_gradient(logits):
+            architecture = dispatch.architecture(logits.device)
+            body = partial(kernel.greedy_triton, architecture=architecture)
+    with dispatch.on_device(logits):
+        return body(logits)
+
+
+def _check_logits(logits: Tensor) -> None:
+    if logits.ndim != 2 or not logits.is_floating_point() or not logits.shape[1]:
+        raise ValueError(
+            "logits must be a floating [B, V] tensor, V >= 1, got "
+            f"{logits.dtype} of {tuple(logits.shape)}"
+        )

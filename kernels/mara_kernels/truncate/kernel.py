@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mara_kernels.configs import truncate_config
+from mara_kernels.configs import TruncateConfig, truncate_config
 from mara_kernels.truncate.reference import CandidateSet
 
 GROUP = 32
@@ -224,6 +224,41 @@ def select(
     tl.store(logprobs_ptr + slot, tl.full((CAPACITY,), float("-inf"), tl.float32), mask=is_behind)
 
 
+@triton.jit
+def pick(
+    logits_ptr,  # [B, V]
+    stats_ptr,  # float32 [B, N, 2]
+    id_ptr,  # int64 [B]
+    logprob_ptr,  # float32 [B]
+    size_ptr,  # int64 [B]
+    row_stride,
+    vocab_size,
+    num_tiles,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    tile = tl.arange(0, TILES)
+    stat_ptr = stats_ptr + (row * num_tiles + tile) * 2
+    tile_top = tl.load(stat_ptr, mask=tile < num_tiles, other=float("-inf"))
+    tile_sum = tl.load(stat_ptr + 1, mask=tile < num_tiles, other=0.0)
+    top = tl.max(tile_top, axis=0)
+    below = tl.where(tile_top == float("-inf"), 0.0, tile_top - top)
+    total = tl.sum(tile_sum * tl.exp2(below * _LOG2E), axis=0)
+    # NaN anywhere makes the sum NaN; an infinite maximum is no distribution either.
+    is_valid = (total > 0) & (total < float("inf")) & (tl.abs(top) < float("inf"))
+    # The first tile that has the maximum, and in it the first token.
+    best = tl.min(tl.where(tile_top == top, tile, TILES - 1), axis=0)
+    column = best * TILE + tl.arange(0, TILE)
+    x = tl.load(
+        logits_ptr + row * row_stride + column, mask=column < vocab_size, other=float("-inf")
+    ).to(tl.float32)
+    token = tl.min(tl.where((x == top) & (column < vocab_size), column, vocab_size), axis=0)
+    tl.store(id_ptr + row, tl.where(is_valid, token, 0).to(tl.int64))
+    tl.store(logprob_ptr + row, tl.where(is_valid, -tl.log2(total) / _LOG2E, float("-inf")))
+    tl.store(size_ptr + row, is_valid.to(tl.int64))
+
+
 def covers(logits: Tensor, capacity: int) -> bool:
     """Whether :func:`truncate_triton` takes these."""
     vocab_size = logits.shape[1]
@@ -254,13 +289,8 @@ def truncate_triton(
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     config = truncate_config(architecture)
-    num_groups, num_tiles = triton.cdiv(vocab_size, GROUP), triton.cdiv(vocab_size, TILE)
     columns, internal = capacity, internal_capacity(capacity, vocab_size)
-    # Of a single row the stride is of no matter, and 0 is a multiple of 16.
-    row_stride = logits.stride(0) if num_rows > 1 else 0
     device = logits.device
-    maxima = torch.empty(num_rows, num_groups, dtype=logits.dtype, device=device)
-    stats = torch.empty(num_rows, num_tiles, 2, device=device)
     winners = torch.empty(num_rows, 2 * internal, dtype=torch.int32, device=device)
     result = CandidateSet(
         ids=torch.empty(num_rows, columns, dtype=torch.int64, device=device),
@@ -269,27 +299,15 @@ def truncate_triton(
     )
     if not num_rows:
         return result
-    group_maxima[(num_rows * triton.cdiv(num_tiles, config.tiles),)](
-        logits,
-        maxima,
-        stats,
-        row_stride,
-        vocab_size,
-        num_groups,
-        num_tiles,
-        1.0 / temperature,
-        TILES=config.tiles,
-        TILE=TILE,
-        GROUP=GROUP,
-        num_warps=config.stream_warps,
-    )
+    maxima, stats = _stream(logits, config, temperature)
+    num_groups, num_tiles = maxima.shape[1], stats.shape[1]
     select[(num_rows,)](
         logits,
         maxima,
         stats,
         winners,
         *result,
-        row_stride,
+        _row_stride(logits),
         vocab_size,
         num_groups,
         num_tiles,
@@ -306,3 +324,60 @@ def truncate_triton(
         num_warps=config.select_warps if num_groups <= 4096 else config.wide_select_warps,
     )
     return result
+
+
+def greedy_triton(logits: Tensor, *, architecture: str) -> CandidateSet:
+    """The two launches; arguments as those of the operation."""
+    num_rows, vocab_size = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    device = logits.device
+    result = CandidateSet(
+        ids=torch.empty(num_rows, 1, dtype=torch.int64, device=device),
+        logprobs=torch.empty(num_rows, 1, device=device),
+        size=torch.empty(num_rows, dtype=torch.int64, device=device),
+    )
+    if not num_rows:
+        return result
+    _, stats = _stream(logits, truncate_config(architecture), 1.0)
+    num_tiles = stats.shape[1]
+    pick[(num_rows,)](
+        logits,
+        stats,
+        *result,
+        _row_stride(logits),
+        vocab_size,
+        num_tiles,
+        TILES=triton.next_power_of_2(num_tiles),
+        TILE=TILE,
+        num_warps=4,
+    )
+    return result
+
+
+def _stream(logits: Tensor, config: TruncateConfig, temperature: float) -> tuple[Tensor, Tensor]:
+    """The first launch: maxima of groups [B, G], and (maximum, sum of exp) of tiles [B, N, 2]."""
+    num_rows, vocab_size = logits.shape
+    num_groups, num_tiles = triton.cdiv(vocab_size, GROUP), triton.cdiv(vocab_size, TILE)
+    maxima = torch.empty(num_rows, num_groups, dtype=logits.dtype, device=logits.device)
+    stats = torch.empty(num_rows, num_tiles, 2, device=logits.device)
+    group_maxima[(num_rows * triton.cdiv(num_tiles, config.tiles),)](
+        logits,
+        maxima,
+        stats,
+        _row_stride(logits),
+        vocab_size,
+        num_groups,
+        num_tiles,
+        1.0 / temperature,
+        TILES=config.tiles,
+        TILE=TILE,
+        GROUP=GROUP,
+        num_warps=config.stream_warps,
+    )
+    return maxima, stats
+
+
+def _row_stride(logits: Tensor) -> int:
+    """Of a single row the stride is of no matter, and 0 is a multiple of 16."""
+    return logits.stride(0) if logits.shape[0] > 1 else 0

@@ -87,3 +87,15 @@ def _largest(values: Tensor, num: int) -> tuple[Tensor, Tensor]:
     index = torch.cat((index, tail.expand(num_rows, -1)), dim=-1)
     largest, chosen = values.gather(-1, index).topk(num, dim=-1)
     return largest, index.gather(-1, chosen)
+
+
+def greedy(logits: Tensor) -> CandidateSet:
+    """Arguments as those of the operation."""
+    ids = logits.argmax(dim=-1, keepdim=True)
+    logprobs = torch.log_softmax(logits.float(), dim=-1).gather(1, ids)
+    is_valid = logprobs.isfinite()
+    return CandidateSet(
+        ids.masked_fill(~is_valid, 0),
+        logprobs.masked_fill(~is_valid, -torch.inf),
+        is_valid[:, 0].long(),
+    )
