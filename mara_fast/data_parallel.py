@@ -59,15 +59,15 @@ class ParallelEngine:
     """
 
     def __init__(self, options: EngineOptions, *, num_workers: int) -> None:
+        if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
+            raise ValueError(
+                f"num_workers={num_workers!r} is not allowed; allowed: an integer >= 1"
+            )
         for module in ("ray", "pyarrow"):
             if importlib.util.find_spec(module) is None:
                 raise ImportError(
                     f"several engines need {module}: pip install 'mara-fast[distributed]'"
                 )
-        if not isinstance(num_workers, int) or isinstance(num_workers, bool) or num_workers < 1:
-            raise ValueError(
-                f"num_workers={num_workers!r} is not allowed; allowed: an integer >= 1"
-            )
         from transformers import AutoConfig
 
         from mara_fast import tiny

@@ -60,6 +60,8 @@ def test_two_engines_answer_as_one(tmp_path: Path) -> None:
 
 
 def test_what_an_engine_would_refuse_is_refused_first() -> None:
+    pytest.importorskip("ray")
+    pytest.importorskip("pyarrow")
     options = EngineOptions(model=str(tiny.LM_PATH), agent=False)
     engine = ParallelEngine(options, num_workers=2)
     assert engine.agent is None and str(engine.dtype) == "torch.float32"

@@ -27,9 +27,11 @@ def deep() -> LlamaForCausalLM:
 
 
 def test_rounding_is_no_mistake(deep: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    # How far it rounds is a matter of torch's version: never less than this.
+    monkeypatch.setattr("mara_fast.self_check._HALF_TOLERANCE", 0.01)
     lm = FrozenLM(deep, attention="candidate")
     assert lm.can_pack
-    monkeypatch.setattr("mara_fast.self_check._MOST_TOLERANCE", 0.05)
+    monkeypatch.setattr("mara_fast.self_check._MOST_TOLERANCE", 0.01)
     with pytest.raises(UnsupportedModelError, match="differ from a plain forward by 0"):
         FrozenLM(deep, attention="candidate")
 

@@ -72,11 +72,11 @@ def test_a_stage_in_small(name: str) -> None:
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No row sees the last two positions before it."""
+    """No row sees the last positions before it."""
     original = mara_kernels.attention.rows.visibility
 
     def visibility(lengths: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        return original((lengths - 2).clamp(min=0), *args, **options)
+        return original((lengths - 5).clamp(min=0), *args, **options)
 
     monkeypatch.setattr(mara_kernels.attention.rows, "visibility", visibility)
     # On a CPU no mask is made where all is seen.
