@@ -17,5 +17,7 @@ class Options:
     """A rehearsal: the same way through, with sizes that a CPU does in seconds."""
     model: str
     """Shape of a random model, where the stage takes one."""
+    compile: bool
+    """The language model's steps are compiled, where the stage decodes with one."""
     keep: Callable[[Finding], None]
     """Is given what is found so far, lest it be lost."""

@@ -109,6 +109,8 @@ def _gpu_measurements() -> list[Stage]:
         _decoding("llama-3.2-1b", "1,64", 60, 120),
         _decoding("llama-3.2-3b", "1,64", 80, 140),
         _decoding("llama-3.2-1b", "1", 100, 180, systems="1,2,4", name="decode compiled 1b"),
+        _steps("llama-3.2-1b", 130, 300, "--compile"),
+        _steps("llama-3.1-8b", 220, 420, "--compile"),
         _configs(200, 320, "--seconds", "170"),
     ]
 
@@ -161,12 +163,13 @@ def _own(name: str, estimate_s: float, cap_s: float, *options: str) -> Stage:
     return Stage(name=name, command=command, read=own, estimate_s=estimate_s, cap_s=cap_s)
 
 
-def _steps(model: str, estimate_s: float, cap_s: float) -> Stage:
+def _steps(model: str, estimate_s: float, cap_s: float, *options: str) -> Stage:
+    how = "steps compiled" if "--compile" in options else "steps"
     return Stage(
-        name=f"steps {_short(model)}",
+        name=f"{how} {_short(model)}",
         command=(
             *(sys.executable, "-m", "benchmarks.gpu.one", "steps", "--model", model),
-            *("--output", OUTPUT),
+            *(*options, "--output", OUTPUT),
         ),
         read=own,
         estimate_s=estimate_s,

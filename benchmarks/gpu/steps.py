@@ -9,8 +9,11 @@ other systems.
     MARA / plain      the automatic window, the same batch
     plain / roofline  see mara_fast.bench.measure
     idle share        of the turns profiled afterwards, with the automatic window
+
+Compiled, each shape takes a minute or more at first: batches of one, and no other windows.
 """
 
+import dataclasses
 import itertools
 import statistics
 import time
@@ -59,11 +62,13 @@ class Engines(NamedTuple):
     plain: WatchedEngine
 
     @classmethod
-    def of(cls, subject: Subject, max_batch_size: int) -> "Engines":
+    def of(cls, subject: Subject, max_batch_size: int, compile: bool | str) -> "Engines":
         """Of one model."""
         return cls(
             *(
-                WatchedEngine(subject.model, agent, False, max_batch_size=max_batch_size)
+                WatchedEngine(
+                    subject.model, agent, False, max_batch_size=max_batch_size, compile=compile
+                )
                 for agent in (subject.agent, False)
             )
         )
@@ -84,26 +89,37 @@ class Turns(NamedTuple):
 def run(options: Options) -> Finding:
     """Measures every batch; keeps what is found after each."""
     batches, num_turns = ((1, 2), 4) if options.small else (BATCHES, 24)
+    windows: tuple[int | str, ...] = (PLAIN, AUTO, *WINDOWS)
+    compiler: bool | str = False
+    if options.compile:
+        batches, windows = (1,), (PLAIN, AUTO)
+        compiler = "aot_eager" if options.small else True
     shape = "nano" if options.small else options.model
     dtype = torch.bfloat16 if options.device.type == "cuda" else torch.float32
     length = 8 if options.small else 64
     subject = random_subject(
         shape, device=options.device, dtype=dtype, num_prompts=max(batches), length=length
     )
-    finding = Finding(details={"model": shape, "batches": []})
-    engines = Engines.of(subject, max(batches))
+    if options.compile:
+        subject = dataclasses.replace(subject, name=f"{shape} compiled")
+    finding = Finding(details={"model": subject.name, "batches": []})
+    started = time.perf_counter()
+    engines = Engines.of(subject, max(batches), compiler)
     if engines.aligned.lm.attention != "candidate":
         attention = engines.aligned.lm.attention
         finding.problems.append(f"{shape} decodes by {attention} attention, not by ours")
     for batch_size in batches:
         try:
-            row = measure_batch(subject, engines, finding, batch_size, num_turns)
+            row = measure_batch(subject, engines, finding, batch_size, num_turns, windows)
         except torch.OutOfMemoryError as error:
             finding.notes.append(f"batch {batch_size} does not fit: {str(error).partition('.')[0]}")
             continue
         finding.details["batches"].append(row)
         finding.notes.append(summary(subject.name, row))
         options.keep(finding)
+    if options.compile:
+        seconds = time.perf_counter() - started
+        finding.notes.append(f"{seconds:.0f} s with what compiling took, twice")
     # Last: a profiler may leave a trace in the graphs that are captured after it.
     if options.device.type == "cuda":
         for batch_size in (size for size in PROFILED if size in batches):
@@ -115,11 +131,15 @@ def run(options: Options) -> Finding:
 
 
 def measure_batch(
-    subject: Subject, engines: Engines, finding: Finding, batch_size: int, num_turns: int
+    subject: Subject,
+    engines: Engines,
+    finding: Finding,
+    batch_size: int,
+    num_turns: int,
+    windows: tuple[int | str, ...],
 ) -> dict[str, Any]:
-    """Plain decoding, the automatic window, and all fixed ones until they get slow."""
+    """Plain decoding and every window, fixed ones until they get slow."""
     systems: dict[str, Turns] = {}
-    windows: tuple[int | str, ...] = (PLAIN, AUTO, *WINDOWS)
     for window in windows:
         name = str(window)
         systems[name] = time_turns(engines, subject, window, batch_size, num_turns)
@@ -231,4 +251,4 @@ def summary(name: str, row: dict[str, Any]) -> str:
         wanted = WANTED_OF_PLAIN[size]
         text += f", wanted {wanted:.2f}: {'met' if of_plain >= wanted else 'NOT met'}"
     windows = ", ".join(f"{key} {rate:.1f}" for key, rate in rates.items() if key.isdigit())
-    return f"{text}); windows {windows}"
+    return f"{text}); windows {windows}" if windows else f"{text})"

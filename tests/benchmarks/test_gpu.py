@@ -53,8 +53,11 @@ def default_bodies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
-def small(keep: Callable[[Finding], None] = lambda finding: None) -> Options:
-    return Options(device=torch.device("cpu"), small=True, model="nano", keep=keep)
+def small(
+    keep: Callable[[Finding], None] = lambda finding: None, *, compile: bool = False
+) -> Options:
+    device = torch.device("cpu")
+    return Options(device=device, small=True, model="nano", compile=compile, keep=keep)
 
 
 @pytest.mark.parametrize("name", one.STAGES)
@@ -69,6 +72,16 @@ def test_a_stage_in_small(name: str) -> None:
         assert all(figure.value > 0 for figure in finding.figures.values())
     if name == "learning":
         assert [figure.unit for figure in finding.figures.values()] == ["/s"]
+
+
+def test_compiled_steps_in_small() -> None:
+    finding = one.run("steps", small(compile=True))
+    assert not finding.problems
+    assert set(finding.figures) == {
+        f"nano compiled B=1 {name}"
+        for name in ("plain", "MARA", "MARA / plain", "plain / roofline")
+    }
+    assert any("what compiling took" in note for note in finding.notes)
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
