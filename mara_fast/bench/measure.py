@@ -64,8 +64,9 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "LM head": [(FrozenLM, "logits")],
     "score": [(MaraAgent, "accept_logit")],
     "cascade": [(mara_fast.decoder, "cascade")],
-    "truncate": [(mara_fast.decoder, "truncate")],
-    "commit": [(SlotCache, "commit"), (SlotCache, "commit_rows")],
+    "truncate": [(mara_fast.decoder, "truncate"), (mara_fast.decoder, "greedy")],
+    "bookkeeping": [(mara_fast.decoder, name) for name in ("propose", "settle", "admit")],
+    "commit": [(SlotCache, name) for name in ("commit", "commit_rows", "keep_rows")],
 }
 """Functions by the part of the step that they are."""
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
 from mara_fast.agent import MaraAgent
@@ -30,7 +30,14 @@ from mara_fast.config import DecodingConfig
 from mara_fast.engine import Engine
 from mara_fast.jsonl import PromptRecord, read_prompts
 from mara_fast.language_model import FrozenLM
-from mara_fast.loading import choose_device, choose_dtype, load_agent, load_model, load_tokenizer
+from mara_fast.loading import (
+    choose_device,
+    choose_dtype,
+    load_agent,
+    load_model,
+    load_tokenizer,
+    named,
+)
 from mara_fast.outputs import DecodingStats
 from mara_fast.prompts import encode_prompts
 
@@ -225,6 +232,10 @@ def _subject(config: BenchConfig) -> tuple[Subject, str]:
         agent = calibrate(model, prompts, forced=config.forced, rank0=config.rank0).to(device)
         description = f"random {config.model}"
     else:
+        if config.aligner is not None and config.aligner not in SHAPES:
+            # Before a model is loaded, which may take minutes.
+            with named("aligner", config.aligner):
+                AutoConfig.from_pretrained(config.aligner)
         model = load_model(config.model, dtype=config.dtype, device=config.device)
         loaded = load_agent(config.agent, model=model, lm=FrozenLM(model))
         assert isinstance(loaded, MaraAgent)

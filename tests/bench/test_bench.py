@@ -194,6 +194,18 @@ def test_mistakes(arguments: tuple[str, ...], message: str) -> None:
     assert result.exit_code == 2 and message in result.output, (result.output, result.exception)
 
 
+def test_a_missing_aligner_is_said_before_a_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mara_fast import tiny
+
+    monkeypatch.setattr("mara_fast.bench.run.load_model", lambda *args, **options: pytest.fail())
+    models = ("-m", str(tiny.LM_PATH), "-a", str(tiny.AGENT_PATH))
+    result = run(*models, "--aligner", str(tmp_path / "none"))
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert f"aligner '{tmp_path}/none': " in " ".join(result.output.split())
+
+
 def test_a_model_is_calibrated_to_a_profile() -> None:
     model = random_llama(**NANO)
     prompts = [[3 + 7 * i + j for j in range(8)] for i in range(8)]
