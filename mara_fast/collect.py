@@ -16,7 +16,7 @@ from mara_fast.outputs import (
     Generation,
     TokenTrace,
 )
-from mara_fast.slot_state import SlotState
+from mara_fast.slot_state import Ended
 from mara_fast.token_text import TokenNames, decode_text, text_pieces
 from mara_kernels.bookkeeping import (
     ACCEPTED,
@@ -43,7 +43,7 @@ _VERDICTS = {FORCED: "forced", ACCEPTED: "accepted", FALLBACK: "fallback", PLAIN
 
 
 def collect(
-    state: SlotState,
+    ended: Ended,
     *,
     prompt: Any,
     prompt_token_ids: list[int],
@@ -55,21 +55,21 @@ def collect(
     """The result of a slot.
 
     Args:
-        state: of this slot alone.
+        ended: what the slot left.
         prompt, prompt_token_ids: as the request has them.
         stopped_after: tokens up to the end of a stop string; None if there was none.
         config: decoding options.
         tokenizer: makes the text; None: no text.
         seconds: since its first forward.
     """
-    num_tokens = int(state.num_tokens) if stopped_after is None else stopped_after
+    num_tokens = ended.num_tokens if stopped_after is None else stopped_after
     tokens = token_traces(
-        state.record[0, :num_tokens].tolist(),
-        state.record_floats[0, :num_tokens].tolist(),
+        ended.record[:num_tokens].tolist(),
+        ended.record_floats[:num_tokens].tolist(),
         config=config,
     )
     ids = [token.token_id for token in tokens]
-    reason: FinishReason = "stop" if stopped_after is not None else _REASONS[int(state.done)]
+    reason: FinishReason = "stop" if stopped_after is not None else _REASONS[ended.done]
     text = None
     if tokenizer is not None:
         text = decode_text(tokenizer, ids)
@@ -79,12 +79,12 @@ def collect(
     if reason == "error":
         what = (
             "the language model's logits are NaN or infinite"
-            if int(state.done) == BAD_LOGITS
+            if ended.done == BAD_LOGITS
             else "the agent's accept logit is NaN"
         )
         position = len(prompt_token_ids) + num_tokens
         error = f"{what} at position {position} (output token {num_tokens})"
-    stats = DecodingStats.of(tokens, num_forwards=int(state.num_forwards), seconds=seconds)
+    stats = DecodingStats.of(tokens, num_forwards=ended.num_forwards, seconds=seconds)
     return Generation(
         prompt=prompt,
         prompt_token_ids=prompt_token_ids,
@@ -93,7 +93,7 @@ def collect(
         finish_reason=reason,
         stats=stats,
         tokens=tokens,
-        trace=_trace(state, tokens, config, tokenizer) if config.trace else None,
+        trace=_trace(ended, tokens, config, tokenizer) if config.trace else None,
         options=config.to_dict() if config.trace else None,
         error=error,
         alarms=alarms(stats, config),
@@ -181,12 +181,12 @@ def _may_stop(
 
 
 def _trace(
-    state: SlotState,
+    ended: Ended,
     tokens: Sequence[TokenTrace],
     config: DecodingConfig,
     tokenizer: "PreTrainedTokenizerBase | None",
 ) -> tuple[TokenTrace, ...]:
-    traced = _with_candidates(state, tokens, config)
+    traced = _with_candidates(ended, tokens, config)
     return traced if tokenizer is None else with_texts(traced, tokenizer)
 
 
@@ -225,17 +225,17 @@ def with_texts(
 
 
 def _with_candidates(
-    state: SlotState, tokens: Sequence[TokenTrace], config: DecodingConfig
+    ended: Ended, tokens: Sequence[TokenTrace], config: DecodingConfig
 ) -> tuple[TokenTrace, ...]:
-    if not state.trace_ids.shape[1]:
+    if not ended.trace_ids.shape[1]:
         return tuple(tokens)
     rule = config.cascade_rule
     traced = []
     for position, token in enumerate(tokens):
         size = token.num_candidates
-        ids = state.trace_ids[0, position, :size].tolist()
-        logprobs = state.trace_logprobs[0, position, :size].tolist()
-        logits = state.trace_logits[0, position, :size]
+        ids = ended.trace_ids[position, :size].tolist()
+        logprobs = ended.trace_logprobs[position, :size].tolist()
+        logits = ended.trace_logits[position, :size]
         tried = torch.arange(token.num_examined, device=logits.device)
         size_ = torch.tensor(size, device=logits.device)
         asked = set(rank_of_tried(tried, size_, rule.order).tolist())
@@ -244,7 +244,7 @@ def _with_candidates(
         else:
             ranks = torch.arange(size, device=logits.device)
             at = torch.full_like(ranks, position)
-            draw, _ = acceptance_uniforms(rule.seed, state.sequence, at, ranks)
+            draw, _ = acceptance_uniforms(rule.seed, ended.sequence, at, ranks)
             accepted = draw < torch.sigmoid(logits - rule.threshold_logit)
         candidates = tuple(
             CandidateTrace(

@@ -30,7 +30,7 @@ from mara_fast.config import DecodingConfig
 from mara_fast.decoder import Decoder, ScoredWindow
 from mara_fast.memory import Pool
 from mara_fast.outputs import DecodingStats, Generation
-from mara_fast.slot_state import SlotState
+from mara_fast.slot_state import Ended, SlotState
 from mara_fast.transfer import HostCopy, to_device
 from mara_kernels.bookkeeping import RUNNING
 
@@ -78,12 +78,10 @@ class _Snapshot:
 
     requests: tuple[Request, ...]
     """By slot, as they were then."""
-    done: HostCopy
-    """int64 [B]"""
-    num_tokens: HostCopy
-    """int64 [B]"""
-    waits: HostCopy
-    """bool [B], for a wider candidate buffer."""
+    counts: HostCopy
+    """int64 [3, B]: why it ended, if it did; tokens emitted; candidates of the set."""
+    columns: int
+    """Of the candidate buffer: a larger set waits for a wider one."""
     recent: tuple[HostCopy, HostCopy] | None
     """The last ``_RECENT`` rows of both records, if the host wants tokens."""
 
@@ -94,7 +92,7 @@ class _Leaving:
 
     request: Request
     stopped_after: int | None
-    state: dict[str, HostCopy]
+    ended: dict[str, HostCopy]
 
 
 class Run:
@@ -240,17 +238,18 @@ class Run:
             )
         return _Snapshot(
             requests=tuple(self._decoding),
-            done=HostCopy(state.done[slots]),
-            num_tokens=HostCopy(state.num_tokens[slots]),
-            waits=HostCopy(state.size[slots] > state.candidate_ids.shape[1]),
+            counts=HostCopy(
+                torch.stack((state.done[slots], state.num_tokens[slots], state.size[slots]))
+            ),
+            columns=state.candidate_ids.shape[1],
             recent=recent,
         )
 
     def _look(self, snapshot: _Snapshot, decoder: Decoder) -> None:
         """Takes out what ended, makes room for what waits for it."""
-        done, num_tokens = snapshot.done.wait().tolist(), snapshot.num_tokens.wait().tolist()
+        done, num_tokens, size = snapshot.counts.wait().tolist()
         recent = snapshot.recent and [part.wait().tolist() for part in snapshot.recent]
-        if snapshot.waits.wait().any():
+        if max(size) > snapshot.columns:
             decoder.grow()
         for slot, request in reversed(list(enumerate(snapshot.requests))):
             if request.has_left:
@@ -278,9 +277,9 @@ class Run:
         return num_tokens
 
     def _take_out(self, request: Request, stopped_after: int | None, decoder: Decoder) -> None:
-        state = decoder.state.narrowed(slice(request.slot, request.slot + 1))
-        copies = {name: HostCopy(tensor) for name, tensor in state.tensors().items()}
-        self._leaving.append(_Leaving(request=request, stopped_after=stopped_after, state=copies))
+        found = Ended.tensors_of(decoder.state, request.slot)
+        copies = {name: HostCopy(tensor) for name, tensor in found.items()}
+        self._leaving.append(_Leaving(request=request, stopped_after=stopped_after, ended=copies))
         request.has_left = True
         # The last decoding slot takes the free one's place, and the last waiting one its.
         free, last = request.slot, self._decoding[-1]
@@ -306,7 +305,7 @@ class Run:
         finished = []
         while self._leaving:
             leaving = self._leaving[0]
-            if not is_idle and not all(copy.is_ready for copy in leaving.state.values()):
+            if not is_idle and not all(copy.is_ready for copy in leaving.ended.values()):
                 break
             self._leaving.popleft()
             finished.append((leaving.request.index, self._generation(leaving)))
@@ -315,7 +314,7 @@ class Run:
     def _generation(self, leaving: _Leaving) -> Generation:
         request = leaving.request
         return collect(
-            SlotState(**{name: copy.wait() for name, copy in leaving.state.items()}),
+            Ended.of(**{name: copy.wait() for name, copy in leaving.ended.items()}),
             prompt=request.prompt,
             prompt_token_ids=request.token_ids,
             stopped_after=leaving.stopped_after,
