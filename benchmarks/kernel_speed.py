@@ -22,7 +22,7 @@ figures and makes the command exit with 1, as does a failure of ours; a baseline
 left out, with the reason.
 
 Targets: at most 1.5 times the floor where truncate has B >= 64, score N >= 1024, attention
-B S >= 32768; and faster than every baseline at each size.
+B S >= 32768, layers N >= 4096; and faster than every baseline at each size.
 """
 
 import argparse

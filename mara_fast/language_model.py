@@ -27,9 +27,11 @@ from mara_fast.attention import (
     register_attention,
 )
 from mara_fast.cache import RowKind, SlotCache
+from mara_fast.fused_layers import FusedLayers
 from mara_fast.linear_layers import fast_linear
-from mara_fast.self_check import check_path
+from mara_fast.self_check import Checked, check_path
 from mara_fast.tensor_parallel import is_sharded, of_first
+from mara_kernels import dispatch
 
 AttentionPath = Literal["auto", "candidate", "stock"]
 ATTENTION_PATHS = ("auto", "candidate", "stock")
@@ -94,6 +96,10 @@ class FrozenLM:
         """New rows of several slots may come as one sequence."""
         self._refuse_by_config()
         register_attention()
+        self.fused: FusedLayers | None = None
+        """Its layers that run as kernels of ours where they are called one by one."""
+        if dispatch.choose("layers", self.device).name == "triton" and not self.is_sharded:
+            self.fused = FusedLayers(self.body)
         self.attention = self._choose_attention(attention)
         if compile is not None:
             self._step_body = torch.compile(
@@ -165,7 +171,7 @@ class FrozenLM:
             if compiled and self.is_compiled and context.rows.tree.kind == "siblings":
                 hidden = self._compiled_step(inputs)
             else:
-                with self._linear_layers():
+                with self._linear_layers(), self._fused_layers():
                     hidden = self.body(**inputs).last_hidden_state
         return of_first(hidden) if self.is_sharded else hidden
 
@@ -200,6 +206,9 @@ class FrozenLM:
 
     def _linear_layers(self) -> AbstractContextManager[None]:
         return fast_linear() if self.device.type == "cpu" else nullcontext()
+
+    def _fused_layers(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.fused is None else self.fused()
 
     @contextmanager
     def _our_attention(self, context: TreeContext) -> Iterator[None]:
@@ -290,7 +299,7 @@ class FrozenLM:
             if inject:
                 self._inject_context()
             try:
-                self.row_kinds, self.row_bytes, self.can_pack = check_path(self)
+                self.row_kinds, self.row_bytes, self.can_pack = self._check()
             # Whatever a foreign model raises under our cache and mask: this path is not for it.
             except Exception as error:
                 reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -304,6 +313,24 @@ class FrozenLM:
             f"{self.name} is not supported: it does not decode exactly through slots. "
             + "; ".join(reasons)
         )
+
+    def _check(self) -> Checked:
+        """The self-check; with layers as they are, should those of ours not pass it."""
+        try:
+            return check_path(self)
+        except Exception as error:
+            if self.fused is None:
+                raise
+            reason, fused = str(error).strip().partition("\n")[0], self.fused
+            self.fused = None
+            try:
+                checked = check_path(self)
+            except Exception:
+                # They are not the reason.
+                self.fused = fused
+                raise
+            _logger.warning("%s: %s run as they are: %s", self.name, ", ".join(fused.names), reason)
+            return checked
 
     def _inject_context(self) -> None:
         """For layers that do not pass keywords on: hands the context to the attention modules."""

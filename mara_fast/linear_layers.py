@@ -1,57 +1,28 @@
-"""A model's linear layers by :func:`mara_kernels.linear.linear`, while the engine runs it.
+"""A model's linear layers by :func:`mara_kernels.linear.linear`, while the engine runs it."""
 
-The layers of transformers' models look ``torch.nn.functional.linear`` up whenever they are called.
-It is exchanged while an engine forwards on a CPU, to another effect for the threads that do alone,
-and put back: the model itself is not touched.
-"""
-
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mara_fast.exchange import Exchange
 from mara_kernels.linear import has_onednn, linear
 
-_lock = threading.Lock()
-_num_within = 0
-_before = F.linear
+
+def _make(exchange: Exchange, before: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def fast(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not torch.compiler.is_compiling() and exchange.is_within:
+            return linear(input, weight, bias)
+        return before(input, weight, bias)
+
+    return fast
 
 
-class _ThisThread(threading.local):
-    depth = 0
-    """Of :func:`fast_linear`."""
+_exchange = Exchange(F, "linear", _make)
 
 
-_this_thread = _ThisThread()
-
-
-# One function for all: compilers guard on which it is, and compile anew for another.
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not torch.compiler.is_compiling() and _this_thread.depth:
-        return linear(input, weight, bias)
-    return _before(input, weight, bias)
-
-
-@contextmanager
-def fast_linear() -> Iterator[None]:
+def fast_linear() -> AbstractContextManager[None]:
     """Within, this thread's linear layers run by :func:`mara_kernels.linear.linear`."""
-    global _before, _num_within
-    if not has_onednn():
-        yield
-        return
-    with _lock:
-        if not _num_within:
-            _before, F.linear = F.linear, _linear
-        _num_within += 1
-    _this_thread.depth += 1
-    try:
-        yield
-    finally:
-        _this_thread.depth -= 1
-        with _lock:
-            _num_within -= 1
-            if not _num_within:
-                F.linear = _before
+    return _exchange() if has_onednn() else nullcontext()

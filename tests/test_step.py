@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import mara_fast.cache
 import mara_fast.decoder
@@ -17,6 +16,7 @@ import mara_kernels.attention.rows
 from architectures import ARCHITECTURES, random_prompt
 from exactness import FixedBudget, check_exact, random_agent
 from host_reads import ForbidHostReads
+from launches import Launches
 from mara_fast import DecodingConfig, Engine, MaraAgent
 from mara_fast.cache import SlotCache
 from mara_fast.decoder import Decoder
@@ -70,7 +70,6 @@ def test_step_reads_nothing_on_the_host(
     assert steps > 6
 
 
-VIEWS = {"alias", "detach", "expand", "flatten", "slice", "unflatten", "unsqueeze", "view"}
 OPERATIONS = {
     mara_fast.decoder: ("propose", "cascade", "settle", "admit", "truncate", "greedy"),
     mara_fast.cache: ("keep_rows",),
@@ -78,35 +77,6 @@ OPERATIONS = {
     MaraAgent: ("accept_logit",),
 }
 """What a step is made of; on a GPU each but the language model is a few launches."""
-
-
-class Launches(TorchDispatchMode):
-    """Counts operators that are no views, outside of the operations."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self.within = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        name = func._schema.name.partition("::")[2]
-        if not self.within and name not in VIEWS:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-    def hide(self, operation: Callable) -> Callable:
-        """The operation, of which nothing is counted."""
-
-        def call(*args: Any, **options: Any) -> Any:
-            self.within += 1
-            try:
-                return operation(*args, **options)
-            finally:
-                self.within -= 1
-
-        return call
 
 
 @pytest.mark.parametrize("has_agent", [True, False])
@@ -118,7 +88,7 @@ def test_a_step_launches_nothing_between_its_operations(
     launches = Launches()
     for place, names in OPERATIONS.items():
         for name in names:
-            monkeypatch.setattr(place, name, launches.hide(getattr(place, name)))
+            monkeypatch.setattr(place, name, launches.hidden(getattr(place, name)))
     engine = make_engine() if has_agent else Engine(ARCHITECTURES["llama"](), False)
     steps = []
 

@@ -15,6 +15,7 @@ import golden
 import mara_kernels.attention.kernel
 import mara_kernels.bookkeeping.kernel
 import mara_kernels.cascade.kernel
+import mara_kernels.layers.kernel
 import mara_kernels.score.kernel
 import mara_kernels.truncate.kernel
 from architectures import ARCHITECTURES, random_prompt
@@ -31,6 +32,7 @@ BODIES = {
     "attention_triton": mara_kernels.attention.kernel,
     "propose": mara_kernels.bookkeeping.kernel,
     "settle": mara_kernels.bookkeeping.kernel,
+    "rms_norm": mara_kernels.layers.kernel,
 }
 # Where nothing is read on the host.
 DEVICE_BODIES = {

@@ -19,12 +19,13 @@ PARTS: dict[str, str] = {
     "score": r"^(row_stats|first_layer|other_layers|finish)(_\w+)?$",
     "cascade": r"^decide(_\w+)?$",
     "bookkeeping": r"^(proposing|settling|admitting|keeping)(_\w+)?$",
+    "layers": r"^(normalizing|rotating)(_\w+)?$",
     "matrix products": r"gemm|gemv|nvjet|cutlass|cublas|splitK|matmul",
     "copies and indexing": r"(?i)memcpy|memset|copy|index|gather|scatter",
 }
 """Names of kernels by part of the step, the first that matches; ours by their whole names,
 to which a version of Triton may add how they were specialised."""
-OTHERS = "norms, activations, others"
+OTHERS = "activations, others"
 
 
 class Kernel(NamedTuple):

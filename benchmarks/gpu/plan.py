@@ -91,6 +91,7 @@ def _gpu_measurements() -> list[Stage]:
         _kernel_speed("score", 45, 100),
         _kernel_speed("cascade", 15, 50),
         _kernel_speed("bookkeeping", 20, 60),
+        _kernel_speed("layers", 20, 60),
         Stage(
             name="training",
             command=(

@@ -5,7 +5,7 @@ operation; what a decoder prepares once per forward or per model (folded weights
 the prefix) is prepared outside the clock, for all of them.
 """
 
-from kernel_cases import attention, bookkeeping, cascade, score, truncate
+from kernel_cases import attention, bookkeeping, cascade, layers, score, truncate
 from kernel_cases.case import Build, Case, Version
 
 __all__ = ["SUITES", "Build", "Case", "Version"]
@@ -16,4 +16,5 @@ SUITES: dict[str, list[Build]] = {
     "cascade": cascade.SUITE,
     "attention": attention.SUITE,
     "bookkeeping": bookkeeping.SUITE,
+    "layers": layers.SUITE,
 }

@@ -21,7 +21,7 @@ import torch
 from mara_kernels import interpreter
 
 VARIABLE = "MARA_KERNELS"
-OPERATIONS = ("truncate", "score", "cascade", "attention", "bookkeeping")
+OPERATIONS = ("truncate", "score", "cascade", "attention", "bookkeeping", "layers")
 BODIES = ("auto", "torch", "triton", "flash")
 
 OLDEST_CUDA = 8

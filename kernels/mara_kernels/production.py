@@ -349,10 +349,61 @@ def bookkeeping_cases() -> list[Case]:
     ]
 
 
+def layers_cases() -> list[Case]:
+    """Norms of small and large states and of heads, every rule; heads of all sizes."""
+    from mara_kernels.layers import NormRule, kernel
+
+    def norm(
+        hidden_size: int, dtype: torch.dtype, *, adds_one: bool = False, rounds_first: bool = True
+    ) -> Case:
+        rule = NormRule(adds_one=adds_one, rounds_first=rounds_first)
+        name = f"norm H={hidden_size} {'1+w ' * adds_one}{'rounds first ' * rounds_first}"
+        return Case(
+            "layers",
+            name + _SHORT[dtype],
+            lambda _: kernel.rms_norm(
+                _meta(64, hidden_size, dtype=dtype),
+                _meta(hidden_size, dtype=dtype),
+                eps=1e-5,
+                rule=rule,
+            ),
+        )
+
+    def rotation(num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> Case:
+        def states(heads: int) -> torch.Tensor:
+            return _meta(64, 8, heads, head_size, dtype=dtype).transpose(1, 2)
+
+        angles = _meta(64, 8, head_size, dtype=dtype)
+        return Case(
+            "layers",
+            f"rotation {num_heads}/{num_kv_heads}/{head_size} {_SHORT[dtype]}",
+            lambda _: kernel.rotate(states(num_heads), states(num_kv_heads), angles, angles),
+        )
+
+    return [
+        norm(4096, torch.bfloat16),
+        norm(2048, torch.float16),
+        norm(16384, torch.float32),
+        norm(2885, torch.bfloat16),
+        norm(128, torch.bfloat16, rounds_first=False),
+        norm(2304, torch.bfloat16, adds_one=True, rounds_first=False),
+        norm(3072, torch.bfloat16, adds_one=True),
+        norm(1, torch.float32),
+        rotation(32, 8, 128, torch.bfloat16),
+        rotation(32, 8, 64, torch.float16),
+        rotation(16, 8, 256, torch.bfloat16),
+        rotation(32, 32, 80, torch.bfloat16),
+        rotation(7, 1, 64, torch.float32),
+        rotation(128, 1, 512, torch.bfloat16),
+        rotation(1, 1, 2, torch.float32),
+    ]
+
+
 CASES: dict[str, Callable[[], list[Case]]] = {
     "truncate": truncate_cases,
     "cascade": cascade_cases,
     "score": score_cases,
     "attention": attention_cases,
     "bookkeeping": bookkeeping_cases,
+    "layers": layers_cases,
 }

@@ -23,6 +23,7 @@ from benchmarks.gpu.options import Options
 from benchmarks.gpu.runner import Runner
 from benchmarks.gpu.stage import OUTPUT, Outcome, Stage, first_error, own
 from mara_fast.self_check import Checked
+from mara_kernels import dispatch
 
 ROOT = command.ROOT
 
@@ -192,7 +193,7 @@ def test_a_profile() -> None:
         idle.profile_of([])
 
 
-@pytest.mark.parametrize("operation", ["attention", "bookkeeping", "cascade", "score", "truncate"])
+@pytest.mark.parametrize("operation", dispatch.OPERATIONS)
 def test_our_kernels_are_told_by_their_names(operation: str) -> None:
     import importlib
 

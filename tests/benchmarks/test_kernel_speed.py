@@ -71,6 +71,8 @@ BUILDS: dict[str, Callable[[ModuleType], Any]] = {
     "chunk": lambda cases: cases.attention.attention_case(
         CPU, 0, shape=small_shape(cases, num_rows=5, kind="chain")
     ),
+    "norm": lambda cases: cases.layers.norm_case(CPU, 0, num_rows=3, hidden_size=32),
+    "rotation": lambda cases: cases.layers.rotation_case(CPU, 0, num_rows=3),
 } | {
     name: lambda cases, name=name: cases.bookkeeping.bookkeeping_case(
         CPU, 0, step=getattr(cases.bookkeeping, name), num_slots=2
@@ -99,7 +101,7 @@ def corruptions(operation: str, output: Any) -> list[Any]:
             output._replace(held=held._replace(log_residual=held.log_residual + 0.01)),
             output._replace(log_prob=output.log_prob + 0.01),
         ]
-    if operation == "bookkeeping":
+    if operation in ("bookkeeping", "layers") and not isinstance(output, torch.Tensor):
         found = []
         for index, tensor in enumerate(output):
             other = tensor.clone()
@@ -187,7 +189,14 @@ def test_floors_by_hand(cases: ModuleType) -> None:
 
 def test_the_suites_have_the_sizes_asked_for(cases: ModuleType, speed: ModuleType) -> None:
     counts = {operation: len(builds) for operation, builds in cases.SUITES.items()}
-    assert counts == {"truncate": 12, "score": 21, "cascade": 9, "attention": 76, "bookkeeping": 16}
+    assert counts == {
+        "truncate": 12,
+        "score": 21,
+        "cascade": 9,
+        "attention": 76,
+        "bookkeeping": 16,
+        "layers": 12,
+    }
     for operation, axis, num_values in (
         ("truncate", "vocab_size", 3),
         ("score", "hidden_size", 3),
