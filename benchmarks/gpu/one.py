@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="sizes that a CPU does in seconds")
     parser.add_argument("--model", default="llama-3.1-8b", help="shape, where one is taken")
     parser.add_argument("--compile", action="store_true", help="its steps, where one is taken")
+    parser.add_argument("--label", default="", help="of figures, behind the shape")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     options = Options(
@@ -33,6 +34,7 @@ def main() -> None:
         small=arguments.small,
         model=arguments.model,
         compile=arguments.compile,
+        label=arguments.label,
         keep=lambda finding: finding.save(arguments.output),
     )
     finding = run(arguments.stage, options)

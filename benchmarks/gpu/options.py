@@ -19,5 +19,7 @@ class Options:
     """Shape of a random model, where the stage takes one."""
     compile: bool
     """The language model's steps are compiled, where the stage decodes with one."""
+    label: str
+    """Of its figures, behind the shape."""
     keep: Callable[[Finding], None]
     """Is given what is found so far, lest it be lost."""

@@ -110,8 +110,9 @@ def _gpu_measurements() -> list[Stage]:
         _decoding("llama-3.2-1b", "1,64", 60, 120),
         _decoding("llama-3.2-3b", "1,64", 80, 140),
         _decoding("llama-3.2-1b", "1", 100, 180, systems="1,2,4", name="decode compiled 1b"),
-        _steps("llama-3.2-1b", 130, 300, "--compile"),
-        _steps("llama-3.1-8b", 220, 420, "--compile"),
+        _steps("llama-3.2-1b", 50, 100, label="unfused", bodies="bookkeeping=torch,layers=torch"),
+        _steps("llama-3.2-1b", 130, 300, "--compile", label="compiled"),
+        _steps("llama-3.1-8b", 220, 420, "--compile", label="compiled"),
         _configs(200, 320, "--seconds", "170"),
     ]
 
@@ -164,18 +165,20 @@ def _own(name: str, estimate_s: float, cap_s: float, *options: str) -> Stage:
     return Stage(name=name, command=command, read=own, estimate_s=estimate_s, cap_s=cap_s)
 
 
-def _steps(model: str, estimate_s: float, cap_s: float, *options: str) -> Stage:
-    how = "steps compiled" if "--compile" in options else "steps"
+def _steps(
+    model: str, estimate_s: float, cap_s: float, *options: str, label: str = "", bodies: str = ""
+) -> Stage:
     return Stage(
-        name=f"{how} {_short(model)}",
+        name=" ".join(filter(None, ("steps", label, _short(model)))),
         command=(
             *(sys.executable, "-m", "benchmarks.gpu.one", "steps", "--model", model),
-            *(*options, "--output", OUTPUT),
+            *(*options, "--label", label, "--output", OUTPUT),
         ),
         read=own,
         estimate_s=estimate_s,
         cap_s=cap_s,
         is_timed=True,
+        environment={"MARA_KERNELS": bodies} if bodies else {},
     )
 
 

@@ -100,8 +100,8 @@ def run(options: Options) -> Finding:
     subject = random_subject(
         shape, device=options.device, dtype=dtype, num_prompts=max(batches), length=length
     )
-    if options.compile:
-        subject = dataclasses.replace(subject, name=f"{shape} compiled")
+    if options.label:
+        subject = dataclasses.replace(subject, name=f"{shape} {options.label}")
     finding = Finding(details={"model": subject.name, "batches": []})
     started = time.perf_counter()
     engines = Engines.of(subject, max(batches), compiler)

@@ -57,8 +57,14 @@ def default_bodies(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def small(
     keep: Callable[[Finding], None] = lambda finding: None, *, compile: bool = False
 ) -> Options:
-    device = torch.device("cpu")
-    return Options(device=device, small=True, model="nano", compile=compile, keep=keep)
+    return Options(
+        device=torch.device("cpu"),
+        small=True,
+        model="nano",
+        compile=compile,
+        label="compiled" * compile,
+        keep=keep,
+    )
 
 
 @pytest.mark.parametrize("name", one.STAGES)
