@@ -197,8 +197,12 @@ def search(
                 climb.propose()
                 climbs.append(climb)
                 continue
-        if measure:
-            climb.confirm(measure)
+        try:
+            if measure:
+                climb.confirm(measure)
+        except Exception as error:
+            problems.append(f"{climb.entry.name}: confirming it: {reason_of(error)}")
+            continue
         done(climb)
     return problems, left_out
 
@@ -289,6 +293,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             check(option, getattr(options, name), is_number, "a number above 0", above=0)
     except ValueError as error:
         parser.error(str(error))
+    if options.output is not None:
+        # Found before the run, not after its first entry.
+        try:
+            options.output.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--output={options.output}: {error}")
+        if options.output.is_dir():
+            parser.error(f"--output={options.output} is a folder, expected a file")
+    options.operation = list(dict.fromkeys(options.operation))
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: interpreted kernels are neither compiled nor timed")
     return options
@@ -322,7 +335,6 @@ def run(options: argparse.Namespace, architecture: str, head: Row, measure: Meas
     def save() -> None:
         report["seconds"] = time.perf_counter() - started
         if options.output is not None:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     def done(climb: Climb) -> None:

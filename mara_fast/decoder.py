@@ -425,13 +425,13 @@ class Decoder:
         if self.agent is None:
             return self.columns
         state = self.state
-        names = ["candidate_ids", "candidate_logprobs"]
+        behind = {"candidate_ids": 0.0, "candidate_logprobs": -torch.inf}
         if state.trace_ids.shape[1]:
-            names += ["trace_ids", "trace_logprobs", "trace_logits"]
-        for name in names:
+            behind |= {"trace_ids": 0.0, "trace_logprobs": -torch.inf, "trace_logits": torch.nan}
+        for name, value in behind.items():
             buffer = getattr(state, name)
             spare = (0, self.columns - buffer.shape[-1])
-            setattr(state, name, pad(buffer, spare))
+            setattr(state, name, pad(buffer, spare, value=value))
         if self.graphs is not None:
             self.graphs.forget()
         return self.columns

@@ -158,7 +158,7 @@ def test_a_compiler_traces_the_model_as_it_is(spied: list[str]) -> None:
 @pytest.fixture
 def triton(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.device:
     """Our kernels, interpreted where there is no GPU."""
-    monkeypatch.setenv("MARA_KERNELS", "layers=triton")
+    monkeypatch.setenv("MARA_KERNELS", "torch,layers=triton")
     return device
 
 
@@ -222,7 +222,7 @@ def test_launches_of_a_layer(triton: torch.device, monkeypatch: pytest.MonkeyPat
             with launches:
                 forward()
             monkeypatch.undo()
-            monkeypatch.setenv("MARA_KERNELS", "layers=triton")
+            monkeypatch.setenv("MARA_KERNELS", "torch,layers=triton")
             counts[is_fused].append(Counter(launches.found))
     fused, plain = (counts[kind][1] - counts[kind][0] for kind in (True, False))
     assert fused == {

@@ -284,6 +284,35 @@ def test_eos_as_the_only_candidate(host_reads: bool, monkeypatch: pytest.MonkeyP
         assert result.stats.num_forwards == -(-len(result.prompt) // 5)
 
 
+@pytest.mark.parametrize("host_reads", [True, False])
+def test_a_buffer_that_grows_changes_no_log_probability(
+    host_reads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the slots that are in the middle of a set when that of another outgrows it."""
+    monkeypatch.setattr("mara_fast.engine._host_reads", lambda device: host_reads)
+    model = ARCHITECTURES["llama"]()
+    weight = model.lm_head.weight
+    tied = torch.randperm(len(weight), generator=torch.Generator().manual_seed(1))[:100]
+    with torch.no_grad():
+        weight[tied] = weight[tied[0]].clone()
+    prompts = [random_prompt(model, 3 + k, seed=k) for k in range(6)]
+    # Most are rejected: sets take many windows.
+    agent = random_agent(48, accept_bias=-2.0)
+    alone, together = (
+        Engine(model, agent, max_batch_size=size, prefill_chunk=5).generate(
+            prompts, max_new_tokens=6, top_k=8, top_p=1.0, window=3, ignore_eos=True
+        )
+        for size in (1, 4)
+    )
+    # A hundred tokens in a set that had room for 64.
+    assert any(token.num_candidates > 64 for result in alone for token in result.tokens)
+    for one, other in zip(alone, together, strict=True):
+        assert one.token_ids == other.token_ids
+        assert one.stats.kl_nats == pytest.approx(other.stats.kl_nats, abs=1e-3)
+        for mine, its in zip(one.tokens, other.tokens, strict=True):
+            assert mine.reference_logprob == pytest.approx(its.reference_logprob, abs=1e-3)
+
+
 def test_slots_move_with_their_sequences() -> None:
     """Sequences of very unequal length: every free slot is refilled, and rows keep their own."""
     engine = make_engine("gemma2")

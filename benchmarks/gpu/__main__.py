@@ -36,7 +36,8 @@ from benchmarks.gpu.stage import Outcome, Stage
 from mara_fast.options import check, is_int, is_number
 
 ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
+DEFAULT = "benchmarks/results"
+RESULTS = ROOT / DEFAULT
 _NOT_INHERITED = ("TRITON_INTERPRET", "MARA_KERNELS")
 """What would change which bodies run."""
 
@@ -49,7 +50,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--stages", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--list", action="store_true", help="name the stages and leave")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the report")
-    parser.add_argument("--last", type=Path, default=RESULTS, help="folder of the last report")
+    parser.add_argument(
+        "--last", type=Path, help=f"folder of the last report; default: --output, else {DEFAULT}"
+    )
     parser.add_argument("--workers", type=int, help="processes of pytest")
     parser.add_argument("--commit", help="default: what git says; for copies without .git")
     options = parser.parse_args(arguments)
@@ -120,7 +123,9 @@ class Report:
         self.outcomes: list[Outcome] = []
         self.text = ""
         # Before this run writes over it.
-        self.last = read(options.last / f"{self.stem}.json")
+        places = [options.output, RESULTS] if options.last is None else [options.last]
+        found = (read(place / f"{self.stem}.json") for place in places)
+        self.last = next((one for one in found if one is not None), None)
 
     def add(self, outcome: Outcome) -> None:
         """Takes in a stage's outcome."""
@@ -183,9 +188,11 @@ def environment_for(folder: Path) -> dict[str, str]:
 def read(path: Path) -> dict[str, Any] | None:
     """The last run's report; None: there is none that can be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    is_report = isinstance(found, dict) and {"date", "commit", "figures", "stages"} <= found.keys()
+    return found if is_report else None
 
 
 if __name__ == "__main__":

@@ -59,10 +59,14 @@ def kept_stages(
     outcomes: Iterable[Outcome], last: Mapping[str, Any] | None
 ) -> list[dict[str, Any]]:
     """Those of the last report that did not run now, each with its date and commit."""
+    if last is None:
+        return []
     ran = {outcome.name for outcome in outcomes if outcome.status != "left out"}
+    # Those of a report that kept none have its date and commit.
+    origin = {name: last[name] for name in ("date", "commit")}
     return [
-        stage
-        for stage in (last or {}).get("stages", ())
+        origin | stage
+        for stage in last["stages"]
         if stage["name"] not in ran and stage["status"] != "left out"
     ]
 

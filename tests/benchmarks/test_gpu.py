@@ -498,6 +498,12 @@ def test_stages_that_did_not_run_are_kept() -> None:
     ]
     text = report.table(document, others, [], last)
     assert "steps                passed     2026-01-01, commit abc" in text
+    # A report of which every stage is of its own commit says so once.
+    for one_stage in last["stages"]:
+        del one_stage["date"], one_stage["commit"]
+    document = report.document(machine, others, last, command="c", seconds=5)
+    assert [one["commit"] for one in document["stages"]] == ["def", "def", "abc"]
+    assert "2026-01-01, commit abc" in report.table(document, others, [], last)
     # What runs again replaces it, even if it fails.
     failed = [outcome("steps", "failed")]
     document = report.document(machine, failed, document, command="c", seconds=5)
@@ -523,6 +529,13 @@ def test_the_command(
     assert [one["status"] for one in document["stages"]] == ["passed", "failed"]
     assert document["commit"] == "1234567"
     assert "==== good\nhello" in (tmp_path / "new/gpu_rehearsal.log").read_text()
+    # Without a folder of the last report: that of this one, if it has one.
+    assert command.main(["--output", str(tmp_path / "new"), "--stages", "good"]) == 0
+    document = json.loads((tmp_path / "new/gpu_rehearsal.json").read_text())
+    assert [one["name"] for one in document["stages"]] == ["good", "bad"]
+    for broken in ("[1]", "{}", '{"stages": []}'):
+        (tmp_path / "new/gpu_rehearsal.json").write_text(broken)
+        assert command.main([*options[:2], "--stages", "good"]) == 0
     with pytest.raises(SystemExit, match="no stage other; there are good, bad"):
         command.main([*options, "--stages", "other"])
     monkeypatch.setattr(command, "look", lambda environment: {"problem": "torch cannot use it"})

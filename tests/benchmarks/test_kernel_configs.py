@@ -199,6 +199,22 @@ def test_one_entry_costs_no_other_anything(search: ModuleType, entries: ModuleTy
     assert run(search, some, measure, seconds=-1) == ([], ([], ["broken", "whole"]))
 
 
+def test_an_entry_that_breaks_when_it_is_confirmed(search: ModuleType, entries: ModuleType) -> None:
+    counts = {"broken": 0, "whole": 0}
+
+    def measure(entry: Any, config: Any) -> list[float]:
+        counts[entry.name] += 1
+        # Beyond the neighbours of one round and what is shipped.
+        if entry.name == "broken" and counts["broken"] > 1 + len(entries.neighbours(CENTRE)):
+            raise RuntimeError("out of memory")
+        return [cost(config)]
+
+    some = [entry_of(entries, name) for name in counts]
+    (climb,), returned = run(search, some, measure, rounds=1)
+    assert climb.entry.name == "whole"
+    assert returned == (["broken: confirming it: RuntimeError: out of memory"], [])
+
+
 def test_without_a_gpu_everything_is_compiled(search: ModuleType, entries: ModuleType) -> None:
     (climb,), returned = run(
         search, [entry_of(entries)], None, lambda one: "spills" * (one.num_warps == 8)
@@ -264,6 +280,8 @@ def test_spills_are_told(search: ModuleType) -> None:
         (("--seconds", "nan"), "--seconds=nan is not allowed; allowed: a number above 0"),
         (("--operation", "cascade"), "invalid choice: 'cascade'"),
         (("--compile", "sm_70"), "invalid choice: 'sm_70'"),
+        (("--output", str(BENCHMARKS)), "is a folder, expected a file"),
+        (("--output", f"{__file__}/x.json"), "File exists"),
     ],
 )
 def test_bad_options(

@@ -175,7 +175,7 @@ def test_settle(
 ) -> None:
     met = set()
     for seed, (window, eos) in enumerate(
-        itertools.product((1, 4, 9), ((), (3,), tuple(range(0, VOCAB_SIZE, 3))))
+        itertools.product((1, 4, 9), ((), (3,), (*range(5000, 7000), *range(0, VOCAB_SIZE, 3))))
     ):
         slots = random_slots(seed)
         rule = CascadeRule(order=order, fallback=fallback)
@@ -303,7 +303,9 @@ def test_admit(
     order: Any, columns: int, new_columns: int, device: torch.device, run_twice: Callable
 ) -> None:
     met = set()
-    for seed, (verdict, eos) in enumerate(itertools.product((FORCED, PLAIN), ((), (0, 5, 9, 11)))):
+    for seed, (verdict, eos) in enumerate(
+        itertools.product((FORCED, PLAIN), ((), (*range(20, 3000), 0, 5, 9, 11)))
+    ):
         slots = random_slots(seed, columns=columns)
         slots.held_tried[:] = 3
         generator = torch.Generator().manual_seed(seed)

@@ -124,10 +124,12 @@ def _append(
     tl.store(record_floats_ptr + row * 4 + 2, policy_logprob)
     tl.store(record_floats_ptr + row * 4 + 3, reference)
     tl.store(num_tokens_ptr + slot, (num_tokens + 1).to(tl.int64))
-    e = tl.arange(0, BLOCK_E)
-    eos = tl.load(eos_ptr + e, mask=e < num_eos, other=-1)
-    ends = tl.max((eos == token).to(tl.int32), axis=0) > 0
-    done = tl.where(ends, _EOS, tl.load(done_ptr + slot).to(tl.int32))
+    ends = tl.full((), 0, tl.int32)
+    for start in range(0, num_eos, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        eos = tl.load(eos_ptr + e, mask=e < num_eos, other=-1)
+        ends = tl.maximum(ends, tl.max((eos == token).to(tl.int32), axis=0))
+    done = tl.where(ends > 0, _EOS, tl.load(done_ptr + slot).to(tl.int32))
     done = tl.where((num_tokens + 1 >= most_tokens) & (done == _RUNNING), _LENGTH, done)
     if done != _RUNNING:
         tl.store(done_ptr + slot, done.to(tl.int64))
