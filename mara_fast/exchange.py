@@ -52,5 +52,7 @@ class Exchange:
             self._this_thread.depth -= 1
             with self._lock:
                 self._num_within -= 1
-                if not self._num_within:
+                # What somebody else has put there meanwhile stays.
+                is_ours = getattr(self.owner, self.name) is self._replacement
+                if not self._num_within and is_ours:
                     setattr(self.owner, self.name, self._before)

@@ -40,6 +40,23 @@ def test_only_within_and_only_this_thread(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(seen) == 1
 
 
+def test_what_others_put_there_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mara_fast.linear_layers, "has_onednn", lambda: True)
+    before = F.linear
+
+    def theirs(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return before(input, weight, bias) + 1
+
+    layer, input = nn.Linear(3, 2), torch.ones(1, 3)
+    wanted = layer(input)
+    with fast_linear():
+        monkeypatch.setattr(F, "linear", theirs)
+    assert F.linear is theirs
+    with fast_linear():
+        torch.testing.assert_close(layer(input), wanted)
+    assert F.linear is theirs and torch.equal(layer(input), wanted + 1)
+
+
 def test_an_engine_within_a_forward_of_another() -> None:
     """A hook in the head that asks another engine, say."""
     model, inner = ARCHITECTURES["llama"](), Engine(ARCHITECTURES["gemma2"](), False)
