@@ -6,6 +6,7 @@ are equal, to the bit, to a definition in :mod:`mara_kernels.layers`. Anything e
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -24,8 +25,8 @@ _RULES = tuple(
 )
 _lock = threading.Lock()
 _exchanges: dict[tuple[Any, str], Exchange] = {}
-_rules: dict[tuple[type, torch.dtype], NormRule] = {}
-"""Of classes whose ``forward`` is a norm. In float32 nothing tells where it is rounded."""
+_rules: weakref.WeakKeyDictionary[nn.Module, NormRule] = weakref.WeakKeyDictionary()
+"""Of every norm for itself: in float32, or where all factors are one, several rules are equal."""
 
 
 class FusedLayers:
@@ -62,7 +63,7 @@ class FusedLayers:
 def _make_norm(exchange: Exchange, before: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def forward(self: Any, hidden_states: Tensor, *others: Any, **options: Any) -> Tensor:
         if not torch.compiler.is_compiling() and exchange.is_within and not (others or options):
-            rule = _rules.get((type(self), hidden_states.dtype))
+            rule = _rules.get(self)
             if rule is not None and self.weight.dtype == hidden_states.dtype:
                 return rms_norm(hidden_states, self.weight, eps=_eps_of(self), rule=rule)
         return before(self, hidden_states, *others, **options)
@@ -83,22 +84,19 @@ def _make_rotation(exchange: Exchange, before: Callable[..., Any]) -> Callable[.
 
 
 def _norms(body: nn.Module) -> set[type]:
-    """Classes all of whose modules are norms that we have."""
-    found: dict[type, NormRule] = {}
-    others: set[type] = set()
+    """Classes that have modules that are norms we have."""
+    kinds = set()
     for module in body.modules():
         kind = type(module)
         if not kind.__name__.endswith("Norm") or isinstance(module, nn.LayerNorm):
             continue
-        rule = None if kind in others else _rule_of(module)
-        if rule is None or found.setdefault(kind, rule) != rule:
-            others.add(kind)
-    whole = {kind: rule for kind, rule in found.items() if kind not in others}
-    for module in body.modules():
-        if type(module) in whole:
-            assert isinstance(module.weight, Tensor)
-            _rules[type(module), module.weight.dtype] = whole[type(module)]
-    return {next(base for base in kind.__mro__ if "forward" in vars(base)) for kind in whole}
+        rule = _rule_of(module)
+        if rule is None:
+            _rules.pop(module, None)
+        else:
+            _rules[module] = rule
+            kinds.add(kind)
+    return {next(base for base in kind.__mro__ if "forward" in vars(base)) for kind in kinds}
 
 
 def _rule_of(module: nn.Module) -> NormRule | None:
