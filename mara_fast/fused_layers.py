@@ -1,14 +1,15 @@
 """A model's norms and rotations, a launch each instead of about ten, while the engine runs it.
 
-Which of its classes and functions may be exchanged is found out on the model itself: those that
+Which of its modules and functions may be exchanged is found out on the model itself: those that
 are equal, to the bit, to a definition in :mod:`mara_kernels.layers`. Anything else runs as it is.
 """
 
+import copy
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,91 +26,140 @@ _RULES = tuple(
 )
 _lock = threading.Lock()
 _exchanges: dict[tuple[Any, str], Exchange] = {}
-_rules: weakref.WeakKeyDictionary[nn.Module, NormRule] = weakref.WeakKeyDictionary()
-"""Of every norm for itself: in float32, or where all factors are one, several rules are equal."""
+
+
+class _ThisThread(threading.local):
+    current: "FusedLayers | None" = None
+    """Of the forward that runs."""
+
+
+_this_thread = _ThisThread()
 
 
 class FusedLayers:
-    """What can be exchanged of a model.
+    """What can be exchanged of a model. It is as long as this lives: a compiler in another thread
+    could not bear that it changes with every forward.
 
     Args:
         body: on the device and in the dtype that it decodes in.
     """
 
     def __init__(self, body: nn.Module) -> None:
-        owners: dict[tuple[Any, str], Callable[[Exchange, Callable], Callable]] = {}
         with torch.inference_mode():
-            for owner in _norms(body):
-                owners[owner, "forward"] = _make_norm
-            for owner in _rotations(body):
-                owners[owner, _ROTATE] = _make_rotation
+            self._rules = _norms(body)
+            self._dtype, self._files = next(body.parameters()).dtype, _rotations(body)
+        owners: dict[tuple[Any, str], Callable[[Exchange, Callable], Callable]] = {}
+        for kind in dict.fromkeys(map(type, self._rules)):
+            owner = next(base for base in kind.__mro__ if "forward" in vars(base))
+            owners[owner, "forward"] = _make_norm
+        for file in self._files:
+            owners[file, _ROTATE] = _make_rotation
         with _lock:
             for key, make in owners.items():
                 if key not in _exchanges:
                     _exchanges[key] = Exchange(*key, make)
-        self._mine = [_exchanges[key] for key in owners]
+        mine = [_exchanges[key] for key in owners]
+        for exchange in mine:
+            exchange.install()
+        weakref.finalize(self, _uninstall, mine)
         self.names = tuple(f"{owner.__name__}.{name}" for owner, name in owners)
         """What is exchanged, for people."""
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """Within, this thread's forwards run them fused."""
-        with ExitStack() as stack:
-            for exchange in self._mine:
-                stack.enter_context(exchange())
+        """Within, this thread's forwards of the model run them fused."""
+        before, _this_thread.current = _this_thread.current, self
+        try:
             yield
+        finally:
+            _this_thread.current = before
+
+    def rule_of(self, module: nn.Module) -> NormRule | None:
+        """Of a norm of this model that is one of ours; None: of any other."""
+        return self._rules.get(module)
+
+    def turns(self, file: Any, dtype: torch.dtype) -> bool:
+        """Whether a modeling file's rotation is ours, in a dtype."""
+        return file in self._files and dtype == self._dtype
+
+
+def _uninstall(exchanges: list[Exchange]) -> None:
+    for exchange in exchanges:
+        exchange.uninstall()
+
+
+def _current() -> FusedLayers | None:
+    """None where a compiler looks: it fuses by itself."""
+    return None if torch.compiler.is_compiling() else _this_thread.current
 
 
 def _make_norm(exchange: Exchange, before: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def forward(self: Any, hidden_states: Tensor, *others: Any, **options: Any) -> Tensor:
-        if not torch.compiler.is_compiling() and exchange.is_within and not (others or options):
-            rule = _rules.get(self)
-            if rule is not None and self.weight.dtype == hidden_states.dtype:
-                return rms_norm(hidden_states, self.weight, eps=_eps_of(self), rule=rule)
-        return before(self, hidden_states, *others, **options)
+    def forward(self: Any, *states: Any, **options: Any) -> Tensor:
+        current = _current()
+        if current is not None and len(states) == 1 and not options:
+            [x], rule = states, current.rule_of(self)
+            weight = self.weight
+            if rule is not None and weight.dtype == x.dtype and weight.shape == x.shape[-1:]:
+                return rms_norm(x, weight, eps=_eps_of(self), rule=rule)
+        return before(self, *states, **options)
 
     return forward
 
 
 def _make_rotation(exchange: Exchange, before: Callable[..., Any]) -> Callable[..., Any]:
-    def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *others: Any, **options: Any) -> Any:
-        if not torch.compiler.is_compiling() and exchange.is_within and not (others or options):
-            # Some turn a part of each head, or with angles of another precision.
-            is_plain = q.ndim == 4 and cos.ndim == 3 and q.shape[-1] == cos.shape[-1]
-            if is_plain and q.dtype == k.dtype == cos.dtype == sin.dtype:
-                return rotate(q, k, cos, sin)
-        return before(q, k, cos, sin, *others, **options)
+    def apply(*inputs: Any, **options: Any) -> Any:
+        current = _current()
+        if current is None or options or not _is_plain(*inputs):
+            return before(*inputs, **options)
+        if not current.turns(exchange.owner, inputs[0].dtype):
+            return before(*inputs)
+        return rotate(*inputs)
 
     return apply
 
 
-def _norms(body: nn.Module) -> set[type]:
-    """Classes that have modules that are norms we have."""
-    kinds = set()
+def _is_plain(*inputs: Any) -> bool:
+    """Whole heads, by angles of every position in the same precision."""
+    if len(inputs) != 4 or not all(isinstance(one, Tensor) for one in inputs):
+        return False
+    query, key, cos, sin = inputs
+    return (
+        query.ndim == key.ndim == 4
+        and cos.ndim == 3
+        and query.shape[0] == key.shape[0]
+        and query.shape[2:] == key.shape[2:] == cos.shape[1:]
+        and cos.shape == sin.shape
+        and cos.shape[0] in (1, query.shape[0])
+        and query.dtype == key.dtype == cos.dtype == sin.dtype
+    )
+
+
+def _norms(body: nn.Module) -> dict[nn.Module, NormRule]:
+    """Modules that are norms of ours. Each for itself: their classes may do more."""
+    found = {}
     for module in body.modules():
-        kind = type(module)
-        if not kind.__name__.endswith("Norm") or isinstance(module, nn.LayerNorm):
-            continue
-        rule = _rule_of(module)
-        if rule is None:
-            _rules.pop(module, None)
-        else:
-            _rules[module] = rule
-            kinds.add(kind)
-    return {next(base for base in kind.__mro__ if "forward" in vars(base)) for kind in kinds}
+        if type(module).__name__.endswith("Norm") and not isinstance(module, nn.LayerNorm):
+            rule = _rule_of(module)
+            if rule is not None:
+                found[module] = rule
+    return found
 
 
 def _rule_of(module: nn.Module) -> NormRule | None:
-    """The definition that a module is equal to."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor) or weight.ndim != 1 or list(module.children()):
+    """The definition that a module is equal to, whatever its factors are."""
+    weight = module._parameters.get("weight")
+    is_simple = not list(module.children()) and "forward" not in vars(module)
+    if weight is None or weight.ndim != 1 or not is_simple:
         return None
     try:
-        # Factors that differ from each other and from one.
+        # Factors that differ from each other and from one: its own may all be that, yet.
+        probe = copy.copy(module)
+        factors = _ramp(weight.shape, weight)
+        probe._parameters = module._parameters | {"weight": nn.Parameter(factors)}
         x = _ramp((3, weight.shape[0]), weight)
-        wanted = module(x)
+        wanted = probe.forward(x)
         for rule in _RULES:
-            if _is_equal(wanted, reference.rms_norm(x, weight, eps=_eps_of(module), rule=rule)):
+            if _is_equal(wanted, reference.rms_norm(x, factors, eps=_eps_of(module), rule=rule)):
                 return rule
     # Whatever it is that a foreign module wants, it is no norm of ours.
     except Exception:

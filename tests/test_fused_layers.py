@@ -69,12 +69,13 @@ def test_rules_are_those_of_the_model() -> None:
         ("gemma2", NormRule(adds_one=True, rounds_first=False)),
     ):
         model = ARCHITECTURES[name]().to(torch.bfloat16)
-        FusedLayers(model)
-        # Of factors that are all one every rule rounds alike.
+        fused = FusedLayers(model)
+        # Of factors that are all one every rule rounds alike, and they may be others later.
         other = ARCHITECTURES[name]().to(torch.bfloat16)
         other.model.norm.weight.data.fill_(0.0 if rule.adds_one else 1.0)
-        FusedLayers(other)
-        assert mara_fast.fused_layers._rules[model.model.norm] == rule
+        assert FusedLayers(other).rule_of(other.model.norm) == rule
+        assert fused.rule_of(model.model.norm) == rule
+        assert fused.rule_of(other.model.norm) is None
 
 
 class OwnNorm(nn.Module):
@@ -114,7 +115,8 @@ def test_what_differs_is_left(spied: list[str]) -> None:
     norms, x = [OwnNorm(), OwnNorm(factor=2.0), OwnNorm()], torch.randn(3, 6)
     wanted = [norm(x) for norm in norms]
     # One that was made later, and a copy, are not known to be.
-    with FusedLayers(nn.Sequential(*norms))():
+    fused = FusedLayers(nn.Sequential(*norms))
+    with fused():
         found = [norm(x) for norm in norms]
         OwnNorm()(x)
         copy.deepcopy(norms[0])(x)
@@ -135,21 +137,71 @@ def test_only_within_and_only_this_thread(spied: list[str]) -> None:
         other.join()
         # Another dtype than that of the weights is the module's own business.
         norm(x.double())
+        # As some call it, by its own names.
+        norm(hidden_states=x)
     assert spied == ["MainThread"]
     with pytest.raises(KeyError), fused(), fused():
         raise KeyError
-    assert (kind.forward, file.apply_rotary_pos_emb) == before
     norm(x)
     assert spied == ["MainThread"] and "forward" not in vars(norm)
+    # Exchanged for as long as anything needs it.
+    other_fused = FusedLayers(model.model)
+    del fused
+    assert kind.forward is not before[0]
+    del other_fused
+    assert (kind.forward, file.apply_rotary_pos_emb) == before
+
+
+def test_another_model_within_a_forward(spied: list[str]) -> None:
+    """Of the same class, and none of whose modules is a norm of ours."""
+    mine, theirs, x = OwnNorm(), OwnNorm(factor=3.0), torch.randn(3, 6)
+    fused, fused_theirs = FusedLayers(mine), FusedLayers(theirs)
+    wanted = theirs(x)
+    with fused():
+        assert torch.equal(theirs(x), wanted)
+        with fused_theirs():
+            mine(x)
+        assert not spied
+        mine(x)
+    assert len(spied) == 1
+
+
+def test_what_a_user_puts_there_is_respected(
+    spied: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm, x = InheritedNorm(), torch.randn(3, 6)
+    fused = FusedLayers(norm)
+    with fused():
+        monkeypatch.setattr(OwnNorm, "forward", lambda self, x: x + 1)
+        assert torch.equal(norm(x), x + 1)
+    del fused
+    assert torch.equal(norm(x), x + 1) and not spied
+
+
+def test_rotations_of_other_shapes_are_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = ARCHITECTURES["llama"]()
+    fused, file = FusedLayers(model.model), sys.modules[type(model).__module__]
+    monkeypatch.setattr(mara_fast.fused_layers, "rotate", lambda *_: pytest.fail())
+    query, angles = torch.randn(2, 4, 3, 8), torch.randn(2, 3, 8)
+    with fused():
+        file.apply_rotary_pos_emb(query, query[:, :, :1], angles, angles)
+        file.apply_rotary_pos_emb(query, query, angles[:, :1], angles[:, :1])
+        file.apply_rotary_pos_emb(query.double(), query.double(), angles.double(), angles.double())
+        file.apply_rotary_pos_emb(q=query, k=query, cos=angles, sin=angles)
+        file.apply_rotary_pos_emb(query, query, angles, angles, 1)
+        with pytest.raises(TypeError):
+            file.apply_rotary_pos_emb(query)
 
 
 def test_an_inherited_norm(spied: list[str]) -> None:
     """Its method is exchanged where it is defined; other heirs keep theirs."""
     norm, x = InheritedNorm(), torch.randn(3, 6)
-    fused, wanted, before = FusedLayers(nn.Sequential(norm)), norm(x), OwnNorm.forward
+    before = OwnNorm.forward
+    fused, wanted = FusedLayers(nn.Sequential(norm)), norm(x)
     with fused():
         torch.testing.assert_close(norm(x), wanted)
         OwnNorm(factor=3.0)(x)
+    del fused
     assert len(spied) == 1 and OwnNorm.forward is before
     assert "forward" not in vars(InheritedNorm)
 
@@ -157,7 +209,8 @@ def test_an_inherited_norm(spied: list[str]) -> None:
 def test_a_compiler_traces_the_model_as_it_is(spied: list[str]) -> None:
     model = ARCHITECTURES["llama"]()
     x, wanted = torch.randn(2, 48), model.model.norm(torch.ones(2, 48))
-    with FusedLayers(model.model)():
+    fused = FusedLayers(model.model)
+    with fused():
         found = torch.compile(model.model.norm, fullgraph=True, backend="eager")(torch.ones(2, 48))
         assert not spied
         model.model.norm(x)

@@ -117,6 +117,11 @@ def test_dispatch_reaches_the_bodies(device: torch.device, monkeypatch: pytest.M
     rms_norm(x.detach()[:0], weight, eps=1e-5, rule=rule)
     rotate(query.double(), query.double(), angles, angles)
     rotate(query[:0], query[:0], angles[:0], angles[:0])
+    rotate(query, query, angles.clone().requires_grad_(), angles)[0].sum().backward()
+    # Keys of one position for all, as torch understands them, and of another length.
+    rotate(query, query[:, :, :1], angles, angles)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        rotate(query, query[:, :, :3], angles, angles)
     assert len(called) == 2
     with pytest.raises(ValueError, match=r"weight must be \(16,\), got"):
         rms_norm(x, weight[:8], eps=1e-5, rule=rule)

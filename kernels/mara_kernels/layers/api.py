@@ -59,7 +59,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
         from mara_kernels.layers import kernel
 
         is_covered = kernel.covers_rotation(query, key, cos, sin) and query.numel()
-        if is_covered and not dispatch.needs_gradient(query, key):
+        if is_covered and not dispatch.needs_gradient(query, key, cos, sin):
             body = kernel
     with dispatch.on_device(query):
         return body.rotate(query, key, cos, sin)

@@ -57,7 +57,7 @@ def _turn(x_ptr, output_ptr, stride_h, head, num_heads, d, cos_ptr, sin_ptr, HAL
     cos_high = tl.load(cos_ptr + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
     sin_low = tl.load(sin_ptr + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
     sin_high = tl.load(sin_ptr + HALF + d, mask=d < HALF, other=0.0).to(tl.float32)[None, :]
-    # Every product is rounded before the sum.
+    # In half precision every product is rounded before the sum.
     first = (low * cos_low).to(dtype).to(tl.float32) - (high * sin_low).to(dtype).to(tl.float32)
     second = (high * cos_high).to(dtype).to(tl.float32) + (low * sin_high).to(dtype).to(tl.float32)
     at = head[:, None] * (2 * HALF) + d[None, :]
@@ -133,6 +133,7 @@ def covers_rotation(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> boo
         and query.dtype in _DTYPES
         and head_size % 2 == 0
         and head_size <= _MAX_HEAD_SIZE
+        and key.shape == (num_slots, key.shape[1], num_rows, head_size)
         and cos.shape == sin.shape
         and cos.shape[0] in (1, num_slots)
         and cos.shape[1:] == (num_rows, head_size)
