@@ -5,6 +5,7 @@ are equal, to the bit, to a definition in :mod:`mara_kernels.layers`. Anything e
 """
 
 import copy
+import logging
 import sys
 import threading
 import weakref
@@ -24,6 +25,7 @@ _RULES = tuple(
     for adds_one in (False, True)
     for rounds_first in (True, False)
 )
+_logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 _exchanges: dict[tuple[Any, str], Exchange] = {}
 
@@ -162,8 +164,8 @@ def _rule_of(module: nn.Module) -> NormRule | None:
             if _is_equal(wanted, reference.rms_norm(x, factors, eps=_eps_of(module), rule=rule)):
                 return rule
     # Whatever it is that a foreign module wants, it is no norm of ours.
-    except Exception:
-        return None
+    except Exception as error:
+        _logger.debug("%s is left as it is: %s", type(module).__name__, error)
     return None
 
 
@@ -187,8 +189,8 @@ def _rotations(body: nn.Module) -> list[Any]:
             if all(_is_equal(a, b) for a, b in zip(wanted, rotated, strict=True)):
                 found.append(sys.modules[name])
         # As above.
-        except Exception:
-            continue
+        except Exception as error:
+            _logger.debug("%s of %s is left as it is: %s", _ROTATE, name, error)
     return found
 
 

@@ -422,3 +422,31 @@ def test_dispatch_reaches_the_bodies(device: torch.device, monkeypatch: pytest.M
     some = CandidateSet(*(tensor[index] for tensor in new))
     bookkeeping.admit(mine, some, chosen, index=index, **how)
     assert len(called) == 4 and math.isfinite(float(mine.size.sum()))
+
+
+def test_bad_input_is_named_before_anything_is_written() -> None:
+    """A kernel would read whatever lies where it is told to."""
+    slots = random_slots(0)
+    before = on(torch.device("cpu"), slots)
+    scored, decision = decided_window(slots, CascadeRule(), 2, 0, packed=False)
+    yes = torch.ones(NUM_SLOTS, dtype=torch.bool)
+    wide = CandidateSet(torch.ones(NUM_SLOTS, 8, dtype=torch.int64), torch.zeros(NUM_SLOTS, 8), yes)
+    how: dict[str, Any] = {"order": "descending", "eos_ids": torch.tensor([1])}
+    with pytest.raises(ValueError, match=r"count must be torch\.int64 of"):
+        bookkeeping.propose(slots, window=2, count=yes, last_position=9, order="descending")
+    short = decision._replace(row=decision.row[:3])
+    with pytest.raises(ValueError, match=r"decision\.row must be torch\.int64 of"):
+        bookkeeping.settle(slots, scored, short, rule=CascadeRule(), eos_ids=how["eos_ids"])
+    with pytest.raises(ValueError, match=r"chosen must be torch\.bool of"):
+        bookkeeping.admit(slots, wide, yes[:2], verdict=FORCED, **how)
+    with pytest.raises(ValueError, match=r"new\.ids has 8 columns; allowed: .*, 7"):
+        bookkeeping.admit(slots, wide, yes, verdict=FORCED, **how)
+    rows, row = torch.zeros(1, NUM_SLOTS, 1, 4, 2), torch.zeros(NUM_SLOTS, dtype=torch.int64)
+    for bad, destination, message in (
+        (rows[0], row, "rows must be"),
+        (rows.transpose(-1, -2), row, "last stride of 1"),
+        (rows, row[:1], "destination must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bookkeeping.keep_rows(bad, row, base=1, destination=destination, trash=3)
+    check_equal(slots, before)

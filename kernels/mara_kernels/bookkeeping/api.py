@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mara_kernels import dispatch
+from mara_kernels.arguments import check_tensor
 from mara_kernels.bookkeeping import reference
 from mara_kernels.bookkeeping.reference import Proposal, Scored
 from mara_kernels.bookkeeping.slots import Slots
@@ -40,7 +41,12 @@ def propose(
 
     Returns:
         What to forward. A set that outgrew the buffer counts as none: it waits for room.
+
+    Raises:
+        ValueError: ``count`` has another shape or dtype.
     """
+    if count is not None:
+        check_tensor("count", count, slots.size.shape, torch.int64)
     with dispatch.on_device(slots.size):
         return _body(slots.size.device).propose(
             slots, window=window, count=count, last_position=last_position, order=order
@@ -65,7 +71,17 @@ def settle(
 
     Returns:
         bool [B], where the next candidate set is wanted.
+
+    Raises:
+        ValueError: a tensor of the window or the decision is not of these slots.
     """
+    matrix = slots.size.shape[0], scored.accept_logit.shape[1]
+    check_tensor("scored.accept_logit", scored.accept_logit, matrix, torch.float32)
+    check_tensor("scored.count", scored.count, slots.size.shape, torch.int64)
+    if scored.place is not None:
+        check_tensor("scored.place", scored.place, matrix, torch.int64)
+    check_tensor("decision.row", decision.row, slots.size.shape, torch.int64)
+    check_tensor("decision.log_prob", decision.log_prob, matrix, torch.float32)
     with dispatch.on_device(slots.size):
         return _body(slots.size.device).settle(
             slots,
@@ -100,7 +116,16 @@ def admit(
         verdict: of a token emitted unasked.
         order: in which candidates are tried.
         eos_ids: int64 [E]; may be empty.
+
+    Raises:
+        ValueError: ``chosen`` has another shape or dtype, or the sets are wider than the buffer.
     """
+    check_tensor("chosen", chosen, slots.size.shape, torch.bool)
+    if new.ids.shape[1] > slots.candidate_ids.shape[1]:
+        raise ValueError(
+            f"new.ids has {new.ids.shape[1]} columns; allowed: those of the candidate buffer, "
+            f"{slots.candidate_ids.shape[1]}"
+        )
     if index is not None:
         body = partial(reference.admit, index=index)
     else:
@@ -118,6 +143,16 @@ def keep_rows(rows: Tensor, row: Tensor, *, base: int, destination: Tensor, tras
         base: row of S where the new ones begin.
         destination: int64 [B], row of S.
         trash: row of S that may be overwritten.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype or last stride.
     """
+    if rows.ndim != 5 or rows.stride(-1) != 1:
+        raise ValueError(
+            f"rows must be [L, B, K, S, D] with a last stride of 1, got {tuple(rows.shape)} with "
+            f"strides {rows.stride()}"
+        )
+    check_tensor("row", row, rows.shape[1:2], torch.int64)
+    check_tensor("destination", destination, rows.shape[1:2], torch.int64)
     with dispatch.on_device(rows):
         _body(rows.device).keep_rows(rows, row, base=base, destination=destination, trash=trash)

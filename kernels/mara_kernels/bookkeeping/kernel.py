@@ -29,6 +29,27 @@ _ACCEPTED = tl.constexpr(values.ACCEPTED)
 _FALLBACK = tl.constexpr(values.FALLBACK)
 _LOG2E = tl.constexpr(1.4426950408889634)
 
+# A run's slots may begin anywhere in the batch.
+_OF_SLOTS = [
+    "length_ptr",
+    "candidate_ptr",
+    "candidate_logprob_ptr",
+    "size_ptr",
+    "offset_ptr",
+    "held_accepted_ptr",
+    "held_preference_ptr",
+    "log_residual_ptr",
+    "held_tried_ptr",
+    "held_logit_ptr",
+    "held_logprob_ptr",
+    "num_tokens_ptr",
+    "num_forwards_ptr",
+    "done_ptr",
+    "record_ptr",
+    "record_floats_ptr",
+    "chosen_ptr",
+]
+
 _BLOCK = 1024
 """Columns, or elements of keys, at a time."""
 
@@ -46,8 +67,7 @@ def _rank_of(tried, size, ORDER: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["columns", "window", "last_position"],
-    # A run's slots may begin anywhere in the batch.
-    do_not_specialize_on_alignment=["length_ptr", "size_ptr", "offset_ptr", "candidate_ptr"],
+    do_not_specialize_on_alignment=_OF_SLOTS,
 )
 def proposing(
     length_ptr,  # int64 [B]
@@ -139,24 +159,7 @@ def _append(
 
 @triton.jit(
     do_not_specialize=["columns", "window", "logit_stride", "most_tokens", "num_eos"],
-    do_not_specialize_on_alignment=[
-        "length_ptr",
-        "candidate_ptr",
-        "candidate_logprob_ptr",
-        "size_ptr",
-        "offset_ptr",
-        "held_accepted_ptr",
-        "held_preference_ptr",
-        "log_residual_ptr",
-        "held_tried_ptr",
-        "held_logit_ptr",
-        "held_logprob_ptr",
-        "num_tokens_ptr",
-        "num_forwards_ptr",
-        "done_ptr",
-        "record_ptr",
-        "record_floats_ptr",
-    ],
+    do_not_specialize_on_alignment=_OF_SLOTS,
 )
 def settling(
     length_ptr,  # int64 [B]
@@ -296,18 +299,7 @@ def settling(
 
 @triton.jit(
     do_not_specialize=["columns", "new_columns", "most_tokens", "num_eos", "verdict"],
-    do_not_specialize_on_alignment=[
-        "candidate_ptr",
-        "candidate_logprob_ptr",
-        "size_ptr",
-        "held_tried_ptr",
-        "held_logit_ptr",
-        "num_tokens_ptr",
-        "done_ptr",
-        "record_ptr",
-        "record_floats_ptr",
-        "chosen_ptr",
-    ],
+    do_not_specialize_on_alignment=_OF_SLOTS,
 )
 def admitting(
     candidate_ptr,  # int64 [B, C]
